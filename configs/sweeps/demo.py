@@ -1,0 +1,19 @@
+"""The demo: four LLM sizes x four visual-token counts and a blind row, on the built-in scenes.
+
+    vlmscale demo
+
+About 10 minutes on two CPU cores.
+"""
+
+from collections.abc import Sequence
+
+from vlmscale.config import Sweep, load_cell
+
+LLMS = ("toy-6k", "toy-30k", "toy-110k", "toy-350k")
+VISUAL_TOKENS = (0, 1, 4, 16, 64)
+
+
+def get_sweep(overrides: Sequence[str] = ()) -> Sweep:
+    """Every LLM with every token count; overrides such as --config.train.steps=10 apply to all cells."""
+    specs = [f"configs/scenes_tiny.py:{llm},{count}" for llm in LLMS for count in VISUAL_TOKENS]
+    return Sweep("demo", [load_cell(spec, overrides) for spec in specs])

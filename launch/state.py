@@ -1,0 +1,97 @@
+"""The state of a sweep lives in its directory alone: what it is made of, what is finished, its rows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmscale import __version__
+from vlmscale.config import Cell, Sweep, cell_id
+from vlmscale.cost import flops
+from vlmscale.errors import UserError
+from vlmscale.models.decoder import SIZES
+from vlmscale.models.vision import TOWERS
+from vlmscale.records import Status, make_directory, read_json, read_rows, write_json, write_lines
+
+_TYPICAL_TEXT = 96  # tokens; only the order and the time left depend on it
+
+
+@dataclass(frozen=True)
+class CellDirectory:
+    """One cell of a sweep on disk."""
+
+    id: str
+    cell: Cell
+    path: Path
+
+    @property
+    def label(self) -> str:
+        """Short name for progress and tables."""
+        return f"{self.cell.llm.name} V={self.cell.compressor.visual_tokens}"
+
+    @property
+    def finished(self) -> bool:
+        """Trained and evaluated."""
+        return Status(self.path).read()["state"] == "done"
+
+    @property
+    def work(self) -> float:
+        """Predicted training FLOPs and start-up, in arbitrary units: for ordering and time left."""
+        llm, visual = SIZES[self.cell.llm.name], self.cell.compressor.visual_tokens
+        tower = TOWERS[self.cell.tower.name]
+        compressor = flops.compressor_flops(self.cell.compressor.name, visual, tower, llm.width)
+        vocab = self.cell.data.vocab_size
+        sample = flops.training_flops(llm, vocab, _TYPICAL_TEXT + visual, _TYPICAL_TEXT / 4, compressor)
+        return sample * self.cell.train.batch_size * self.cell.train.steps + 3e11
+
+
+def open_sweep(sweep: Sweep, out: Path) -> list[CellDirectory]:
+    """Make the sweep's directory or check that it holds the same cells.
+
+    Raises:
+      UserError: another sweep lives there, or it cannot be written.
+    """
+    make_directory(out / "cells")
+    cells = [CellDirectory(cell_id(c), c, out / "cells" / cell_id(c)) for c in sweep.cells]
+    path = out / "sweep.json"
+    ids = [cell.id for cell in cells]
+    if path.exists():
+        known = read_json(path)
+        if known["cells"] != ids:
+            raise UserError(f"{out}: holds sweep {known['name']} with other cells; choose another --out")
+    else:
+        cohorts = [[cell] for cell in ids]
+        write_json(path, {"name": sweep.name, "cells": ids, "cohorts": cohorts, "vlmscale_version": __version__})
+    return cells
+
+
+def steps_done(cell: CellDirectory) -> int:
+    """Training steps that a cell has logged so far."""
+    path = cell.path / "metrics.jsonl"
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 4096))
+            lines = file.read().splitlines()
+        return int(json.loads(lines[-1])["step"])
+    except (OSError, ValueError, IndexError, KeyError):
+        return 0  # not begun, or caught while a line is being written
+
+
+def collect(cells: list[CellDirectory], out: Path) -> Path:
+    """All rows of finished cells in results.jsonl, each with the blind score of its LLM, data and seed."""
+    rows: list[dict[str, Any]] = []
+    for cell in cells:
+        if cell.finished:
+            rows += read_rows(cell.path / "result.jsonl")
+
+    def key(row: dict[str, Any]) -> tuple:
+        return row["llm_name"], row["data_mix"], row["seed"], row["task"]
+
+    blind = {key(row): row["score"] for row in rows if row["visual_tokens"] == 0}
+    for row in rows:
+        row["blind_score"] = blind.get(key(row))
+    path = out / "results.jsonl"
+    write_lines(path, [json.dumps(row) for row in rows])
+    return path

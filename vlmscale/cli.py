@@ -1,0 +1,295 @@
+"""`vlmscale COMMAND`: the composition root. Heavy imports happen inside the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vlmscale import __version__
+from vlmscale.errors import UserError
+
+EXIT_USER, EXIT_AGAIN = 2, 42
+Command = Callable[[argparse.Namespace, list[str]], int]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code is 0 done, 2 a user's mistake, 42 saved and to be run again."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["analyze"]:  # analysis parses its own words and imports no jax
+        from analysis.__main__ import main as analyze
+
+        return analyze(words[1:])
+    # Configs are passed on as they stand; every other unknown word is a mistake.
+    overrides = [word for word in words if word.startswith("--config.")]
+    arguments = _parser().parse_args([word for word in words if not word.startswith("--config.")])
+    if overrides and not getattr(arguments, "takes_config", False):
+        print(f"vlmscale {arguments.command}: takes no {overrides[0]}", file=sys.stderr)
+        return EXIT_USER
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        return arguments.run(arguments, overrides)
+    except UserError as error:
+        print(f"vlmscale {arguments.command}: {error}", file=sys.stderr)
+        return EXIT_USER
+    except KeyboardInterrupt:
+        print("stopped; run again to go on", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="vlmscale", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--version", action="version", version=f"vlmscale {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = _add(commands, "demo", _demo, "train the demo sweep and write its report", "vlmscale demo --out runs/demo")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="sweep directory (default runs/demo)")
+    demo.set_defaults(sweep="configs/sweeps/demo.py", workers=None, takes_config=True)
+
+    train = _add(
+        commands,
+        "train",
+        _train,
+        "train one cell",
+        "vlmscale train --config configs/llava_tiny.py --config.data.records=mix.json --config.data.images=DIR --out RUN",
+    )
+    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file; --config.KEY=VALUE overrides")
+    train.add_argument("--out", type=Path, required=True, help="run directory; an unfinished run in it is resumed")
+    train.set_defaults(takes_config=True)
+
+    evaluate = _add(commands, "evaluate", _evaluate, "answer and score a run's tasks", "vlmscale evaluate --run RUN")
+    evaluate.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR")
+    evaluate.add_argument("--tasks", help="comma-separated names (default all)")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+
+    generate = _add(
+        commands,
+        "generate",
+        _generate,
+        "answer a question about an image",
+        'vlmscale generate --run RUN --image PHOTO.jpg --prompt "What is this?"',
+    )
+    generate.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR")
+    generate.add_argument("--image", type=Path, help="a picture; without one the question is asked blind")
+    generate.add_argument("--prompt", required=True)
+    generate.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+
+    _add_data(commands)
+    _add_sweep(commands)
+    tower = _add(commands, "tower", _tower, "train the demo's vision tower", "vlmscale tower --out tower.safetensors")
+    tower.add_argument("--out", type=Path, required=True, help="safetensors file to write")
+    tower.add_argument("--steps", type=int, default=None, help="fewer steps for a trial (default: the shipped tower's)")
+    commands.add_parser("analyze", help="fit scaling laws and write a report (see vlmscale analyze --help)")
+    return parser
+
+
+def _add(commands: Any, name: str, run: Command, about: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=about, description=about, epilog=f"example: {example}")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_data(commands: Any) -> None:
+    data = commands.add_parser("data", help="make data sets").add_subparsers(dest="what", required=True)
+    scenes = _add(data, "scenes", _data_scenes, "write the built-in data set", "vlmscale data scenes --out DIR")
+    scenes.add_argument("--out", type=Path, required=True)
+    scenes.add_argument("--train", type=int, default=12_000, help="pictures (default %(default)s)")
+    scenes.add_argument("--validation", type=int, default=200, help="pictures (default %(default)s)")
+    scenes.add_argument("--test", type=int, default=400, help="pictures (default %(default)s)")
+    scenes.add_argument("--seed", type=int, default=0)
+
+
+def _add_sweep(commands: Any) -> None:
+    sweep = commands.add_parser("sweep", help="run sweeps of cells").add_subparsers(dest="what", required=True)
+    run = _add(sweep, "run", _sweep_run, "train and evaluate all cells", "vlmscale sweep run configs/sweeps/demo.py --out DIR")
+    run.add_argument("sweep", metavar="SWEEP", help="file with get_sweep(overrides)")
+    run.add_argument("--out", type=Path, required=True)
+    run.add_argument("--workers", type=int, default=None, help="processes at a time (default: one a core)")
+    run.set_defaults(takes_config=True)
+    status = _add(sweep, "status", _sweep_status, "the state of every cell", "vlmscale sweep status DIR")
+    status.add_argument("out", type=Path, metavar="DIR")
+    status.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+
+
+def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    report = arguments.out / "report" / "report.html"
+    code = _sweep_run(arguments, overrides)
+    if code:
+        return code
+    from analysis.report import write_report
+
+    stale = not report.exists() or report.stat().st_mtime < (arguments.out / "results.jsonl").stat().st_mtime
+    if stale:
+        print("fitting the laws and drawing the report ...", file=sys.stderr)
+        write_report(arguments.out, arguments.out / "report")
+    print(f"report: {report}")
+    return 0
+
+
+def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from launch.local import run_cells
+    from launch.state import collect, open_sweep
+    from vlmscale.config import load_sweep
+    from vlmscale.records import Status
+
+    sweep = load_sweep(arguments.sweep, overrides)
+    cells = open_sweep(sweep, arguments.out)
+    results = arguments.out / "results.jsonl"
+    if all(cell.finished for cell in cells) and results.exists():
+        print(f"all {len(cells)} cells are done: {results}")
+        return 0
+    from vlmscale.train.loop import open_run
+    from vlmscale.train.prepared import prepare
+
+    prepared = prepare([cell.cell for cell in cells], arguments.out / "data", _progress())
+    print(prepared.manifest["summary"], file=sys.stderr)
+    for cell in cells:
+        open_run(cell.cell, cell.path, prepared.path, sweep.name)
+    failed, stopped = run_cells(cells, arguments.workers)
+    for cell in failed:
+        reason = Status(cell.path).read()["last_error"]
+        print(f"{cell.label} ({cell.id}) failed: {reason} (see {cell.path / 'log.txt'})", file=sys.stderr)
+    if stopped:
+        print("stopped; every cell is saved, run again to go on", file=sys.stderr)
+        return EXIT_AGAIN
+    print(f"results: {collect(cells, arguments.out)}")
+    return 1 if failed else 0
+
+
+def _sweep_status(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.config import from_dict
+    from vlmscale.records import Status, read_json
+
+    from launch.state import CellDirectory, steps_done
+
+    rows = []
+    for name in read_json(arguments.out / "sweep.json")["cells"]:
+        path = arguments.out / "cells" / name
+        spec = read_json(path / "spec.json") if (path / "spec.json").exists() else None
+        status = Status(path).read()
+        row = {"cell_id": name, "cell": "", "step": 0, "steps": 0} | {k: status[k] for k in ("state", "attempts", "last_error")}
+        if spec:
+            cell = CellDirectory(name, from_dict(spec["config"]), path)
+            row |= {"cell": cell.label, "step": steps_done(cell), "steps": cell.cell.train.steps}
+        rows.append(row)
+    if arguments.json:
+        print(json.dumps({"cells": rows}))
+        return 0
+    for row in rows:
+        print(
+            f"{row['cell_id']}  {row['cell']:18} {row['state']:9} {row['step']:>6}/{row['steps']:<6} "
+            f"attempts {row['attempts']}  {row['last_error'] or ''}"
+        )
+    return 0
+
+
+def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.config import load_cell
+    from vlmscale.records import Status, make_directory
+    from vlmscale.train.loop import PreemptedError, open_run, train
+    from vlmscale.train.prepared import prepare
+
+    cell, run = load_cell(arguments.config, overrides), arguments.out
+    make_directory(run)
+    open_run(cell, run, run / "data", "")
+    if (run / "done.json").exists():
+        print(f"{run}: already trained")
+        return 0
+    prepared = prepare([cell], run / "data", _progress())
+    print(prepared.manifest["summary"], file=sys.stderr)
+    if prepared.manifest["quarantined"]:
+        print(f"set aside and why: {prepared.path / 'quarantine.jsonl'}", file=sys.stderr)
+    bar = _progress()
+    try:
+        train(cell, run, prepared, lambda step, steps, loss: bar(f"training, loss {loss:.3f}", step, steps))
+    except PreemptedError as error:
+        print(error, file=sys.stderr)
+        return EXIT_AGAIN
+    except FloatingPointError as error:
+        Status(run).update(state="failed", last_error=str(error))
+        print(f"vlmscale train: {error}", file=sys.stderr)
+        return 1
+    Status(run).update(state="trained")
+    print(f"trained: {run} ({cell.train.steps} steps); next: vlmscale evaluate --run {run}")
+    return 0
+
+
+def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.evaluate.runner import evaluate, load_run
+    from vlmscale.records import Status
+
+    bar = _progress()
+    tasks = arguments.tasks.split(",") if arguments.tasks else None
+    rows = evaluate(load_run(arguments.run_dir), tasks, lambda done, total: bar("answering", done, total))
+    Status(arguments.run_dir).update(state="done")
+    if arguments.json:
+        print(json.dumps({"run": str(arguments.run_dir), "rows": [json.loads(row.to_json()) for row in rows]}))
+        return 0
+    print(f"{'task':14} {'group':12} {'score':>7} {'chance':>7} {'items':>6}")
+    for row in rows:
+        print(f"{row.task:14} {row.task_group:12} {row.score:7.3f} {row.chance:7.3f} {row.n_items:6d}")
+    print(f"wrote {arguments.run_dir / 'result.jsonl'} and {arguments.run_dir / 'answers'}")
+    return 0
+
+
+def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.evaluate.runner import answer_one, load_run
+
+    answer = answer_one(load_run(arguments.run_dir), arguments.image, arguments.prompt)
+    print(json.dumps({"prompt": arguments.prompt, "answer": answer}) if arguments.json else answer)
+    return 0
+
+
+def _data_scenes(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.data.scenes import export
+    from vlmscale.records import make_directory
+
+    make_directory(arguments.out)
+    sizes = {"train": arguments.train, "validation": arguments.validation, "test": arguments.test}
+    for split, count in sizes.items():
+        if count < 1:
+            raise UserError(f"--{split}={count}: must be above 0")
+    for path in export(arguments.out, sizes, arguments.seed).values():
+        print(f"wrote {path} (images below {arguments.out / 'images'})")
+    return 0
+
+
+def _tower(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.records import make_directory
+    from vlmscale.train.tower import train_tower
+
+    make_directory(arguments.out.parent)
+    bar = _progress()
+    train_tower(arguments.out, arguments.steps, lambda step, steps, text: bar(text, step, steps))
+    print(f"wrote {arguments.out}")
+    return 0
+
+
+def _progress() -> Callable[[str, int, int], None]:
+    """A bar on a terminal; elsewhere one plain line when a stage ends."""
+    bars: dict[str, tqdm] = {}
+
+    def show(text: str, done: int, total: int) -> None:
+        stage = text.split(",")[0] if text.startswith("training") else text
+        if not sys.stderr.isatty():
+            if done == total:
+                print(f"{text}: {done}/{total}", file=sys.stderr)
+            return
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, initial=done)
+        bars[stage].set_description(text, refresh=False)
+        bars[stage].update(done - bars[stage].n)
+        if done == total:
+            bars.pop(stage).close()
+
+    return show
+
+
+if __name__ == "__main__":
+    sys.exit(main())

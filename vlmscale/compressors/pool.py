@@ -1,0 +1,34 @@
+"""Average pooling of the patch grid, then LLaVA's two-layer projector."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from vlmscale.compressors.features import Features
+
+
+class Pool(nn.Module):
+    """Mean over g x g equal windows, then Linear -> GELU -> Linear to the LLM's width.
+
+    With one patch a window this is LLaVA-1.5's `mlp2x_gelu` projector (exact GELU, biases, no norm).
+    """
+
+    visual_tokens: int
+    llm_width: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Features, text_query: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        """Tokens [B, V, D] in raster order and their validity [B, V]; the text is not used."""
+        del text_query
+        x = features.selected
+        batch, patches, channels = x.shape
+        side, grid = round(patches**0.5), round(self.visual_tokens**0.5)
+        window = side // grid
+        x = x.reshape(batch, grid, window, grid, window, channels).mean((2, 4))
+        x = x.reshape(batch, self.visual_tokens, channels).astype(self.dtype)
+        h = nn.gelu(nn.Dense(self.llm_width, dtype=self.dtype, name="up")(x), approximate=False)
+        tokens = nn.Dense(self.llm_width, dtype=self.dtype, name="down")(h)
+        return tokens, jnp.ones((batch, self.visual_tokens), bool)

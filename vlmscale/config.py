@@ -1,0 +1,291 @@
+"""The typed configuration of one cell: fields, loading with overrides, validation, stable ids.
+
+A config file is Python with `get_config(arg: str) -> Cell`. It is loaded through ml_collections, so
+`--config FILE[:ARG] --config.train.steps=10` works from any command.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import runpy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from vlmscale.compressors import COMPRESSORS, check_count
+from vlmscale.errors import UserError
+from vlmscale.models.decoder import SIZES
+from vlmscale.models.vision import TOWERS
+
+# A field with this metadata does not change any number of the result, so it is no part of the cell id.
+_BYSTANDER = {"changes_result": False}
+# A field with this metadata names a file; its content, not its path, goes into the cell id.
+_CONTENT = {"content": True}
+
+
+@dataclass
+class TowerConfig:
+    """The frozen vision tower."""
+
+    name: str = "scenes-48"
+    # "shipped" is the demo's tower of the package; anything else is a safetensors file such as
+    # `vlmscale tower` writes.
+    checkpoint: str = field(default="shipped", metadata=_CONTENT)
+
+
+@dataclass
+class CompressorConfig:
+    """What stands between tower and LLM. `visual_tokens` = 0 is the blind model."""
+
+    name: str = "pool"
+    visual_tokens: int = 16
+
+
+@dataclass
+class LLMConfig:
+    """The decoder, by its name in the size table."""
+
+    name: str = "toy-110k"
+
+
+@dataclass
+class DataConfig:
+    """What is trained and evaluated on."""
+
+    # "scenes" draws the built-in data set, "llava" reads records and images.
+    source: str = "scenes"
+    records: str = field(default="", metadata=_CONTENT)
+    images: str = field(default="", metadata=_BYSTANDER)
+    # How a photograph becomes a square: "resize", "pad" or "crop".
+    image_mode: str = "resize"
+    # Sizes of the drawn splits, in images (source "scenes" only).
+    train_images: int = 12_000
+    validation_images: int = 200
+    test_images: int = 400
+    seed: int = 0
+    vocab_size: int = 512
+    # Context for text: longer conversations are cut at a turn, longer first answers are refused.
+    max_text_tokens: int = 256
+
+
+@dataclass
+class TrainConfig:
+    """The recipe: AdamW, linear warm-up, cosine decay to 2 percent."""
+
+    steps: int = 1000
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    seed: int = 0
+    log_every: int = field(default=25, metadata=_BYSTANDER)
+    heldout_every: int = field(default=250, metadata=_BYSTANDER)
+    checkpoint_every: int = field(default=250, metadata=_BYSTANDER)
+
+
+@dataclass
+class EvaluateConfig:
+    """Greedy answers to every question of the evaluated split."""
+
+    max_new_tokens: int = 8
+    batch_size: int = field(default=400, metadata=_BYSTANDER)
+    # "none": each question alone; "gold": behind the conversation so far with its true answers.
+    history: str = "none"
+
+
+@dataclass
+class Cell:
+    """Everything that one trained and evaluated model is made from."""
+
+    tower: TowerConfig = field(default_factory=TowerConfig)
+    compressor: CompressorConfig = field(default_factory=CompressorConfig)
+    llm: LLMConfig = field(default_factory=LLMConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+@dataclass
+class Sweep:
+    """A named list of cells that share tower, data and tokenizer."""
+
+    name: str
+    cells: list[Cell]
+
+
+def load_cell(spec: str, overrides: Sequence[str]) -> Cell:
+    """Read `FILE[:ARG]` and apply overrides such as `--config.train.steps=10`.
+
+    Args:
+      spec: path of a config file, looked up in the working directory and then among the shipped ones.
+      overrides: command-line words, each `--config.KEY=VALUE`.
+
+    Returns:
+      A validated cell.
+
+    Raises:
+      UserError: file missing or faulty, unknown key (the nearest is named), wrong type, bad combination.
+    """
+    path, separator, argument = spec.partition(":")
+    for word in overrides:
+        _check_override(word)
+    values = flags.FlagValues()
+    argv = ["vlmscale", f"--config={find_config(path)}{separator}{argument}", *overrides]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        cell = values["config"].value
+    except flags.IllegalFlagValueError as error:
+        raise UserError(f"wrong type or value: {_first_line(error)}") from error
+    except (AttributeError, TypeError, ValueError, ImportError, SyntaxError, KeyError) as error:
+        raise UserError(f"{path}: {type(error).__name__}: {_first_line(error)}") from error
+    if not isinstance(cell, Cell):
+        raise UserError(f"{path}: get_config must return a vlmscale.config.Cell, not {type(cell).__name__}")
+    validate(cell)
+    return cell
+
+
+def find_config(path: str) -> Path:
+    """The file itself, or the shipped one of the same name under `configs/`."""
+    given = Path(path)
+    if given.is_file():
+        return given
+    relative = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
+    for root in config_roots():
+        if (root / relative).is_file():
+            return root / relative
+    raise UserError(f"config {path}: no such file, and none of that name ships with vlmscale")
+
+
+def config_roots() -> Iterator[Path]:
+    """Where shipped configs lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    yield from (root for root in (package / "configs", package.parent / "configs") if root.is_dir())
+
+
+def _check_override(word: str) -> None:
+    key, equals, _ = word.partition("=")
+    if not key.startswith("--config.") or not equals:
+        raise UserError(f"{word}: an override reads --config.KEY=VALUE")
+    key = key.removeprefix("--config.")
+    known = [name for name, _, _ in leaves(Cell())]
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        raise UserError(f"unknown config key {key}; the nearest is {near[0]}")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else ""
+
+
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value, metadata) of every field below a config dataclass, in order."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value, item.metadata
+
+
+def validate(cell: Cell) -> None:
+    """Refuse what cannot run.
+
+    Raises:
+      UserError: one line naming the key and what works.
+    """
+    _one_of("tower.name", cell.tower.name, TOWERS)
+    _one_of("llm.name", cell.llm.name, SIZES)
+    _one_of("compressor.name", cell.compressor.name, COMPRESSORS)
+    _one_of("data.source", cell.data.source, ("scenes", "llava"))
+    _one_of("data.image_mode", cell.data.image_mode, ("resize", "pad", "crop"))
+    _one_of("evaluate.history", cell.evaluate.history, ("none", "gold"))
+    if cell.compressor.visual_tokens:
+        check_count(cell.compressor.name, cell.compressor.visual_tokens, TOWERS[cell.tower.name].grid)
+    if cell.data.source == "llava" and not cell.data.records:
+        raise UserError("data.source=llava needs --config.data.records=FILE.json (and --config.data.images=DIR)")
+    if cell.data.source == "scenes" and (cell.data.records or cell.data.images):
+        raise UserError("data.records and data.images are read only with --config.data.source=llava")
+    positive = (
+        "data.train_images data.validation_images data.test_images data.max_text_tokens train.steps "
+        "train.batch_size train.learning_rate train.clip_norm train.log_every train.heldout_every "
+        "train.checkpoint_every evaluate.max_new_tokens evaluate.batch_size"
+    )
+    values = {name: value for name, value, _ in leaves(cell)}
+    for name in positive.split():
+        if not values[name] > 0:
+            raise UserError(f"{name}={values[name]}: must be above 0")
+    if not 0 <= cell.train.warmup_steps < cell.train.steps:
+        raise UserError(f"train.warmup_steps={cell.train.warmup_steps}: must be below train.steps={cell.train.steps}")
+    if cell.train.weight_decay < 0:
+        raise UserError(f"train.weight_decay={cell.train.weight_decay}: must not be negative")
+    if cell.data.vocab_size < 300:
+        raise UserError(f"data.vocab_size={cell.data.vocab_size}: at least 300 (256 bytes and special tokens)")
+
+
+def _one_of(key: str, value: str, known: Any) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.0)[0]
+        raise UserError(f"{key}={value}: unknown; the nearest is {near} (known: {', '.join(known)})")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved config as nested dicts, ready for JSON."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, Any]) -> Cell:
+    """The inverse of `to_dict`."""
+    kinds = {item.name: item.default_factory for item in dataclasses.fields(Cell)}
+    return Cell(**{name: kinds[name](**part) for name, part in values.items()})  # type: ignore[misc]
+
+
+def cell_id(cell: Cell) -> str:
+    """Hash of everything that changes the result and nothing else: 12 hex digits.
+
+    Files count by content, so that a moved or copied file leaves the id alone.
+
+    Raises:
+      UserError: a named file cannot be read.
+    """
+    identity = {}
+    for name, value, metadata in leaves(cell):
+        if metadata.get("changes_result", True):
+            identity[name] = _content(name, value) if metadata.get("content") else value
+    if not cell.compressor.visual_tokens:
+        del identity["compressor.name"]  # a blind model has no compressor
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _content(name: str, value: str) -> str:
+    if value in ("", "shipped"):
+        return value
+    try:
+        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{name}={value}: {error.strerror or error}") from error
+
+
+def load_sweep(path: str, overrides: Sequence[str]) -> Sweep:
+    """Read a sweep file: Python with `get_sweep(overrides) -> Sweep`.
+
+    Raises:
+      UserError: file missing or faulty, no cells, or the same cell twice.
+    """
+    found = find_config(path)
+    scope = runpy.run_path(str(found))
+    if "get_sweep" not in scope:
+        raise UserError(f"{path}: a sweep file defines get_sweep(overrides)")
+    sweep = scope["get_sweep"](overrides)
+    ids = [cell_id(cell) for cell in sweep.cells]
+    if not ids or len(set(ids)) < len(ids):
+        raise UserError(f"{path}: has {len(ids)} cells, {len(set(ids))} of them distinct")
+    return sweep

@@ -1,0 +1,1 @@
+"""What training and inference cost: analytic parameters and FLOPs."""

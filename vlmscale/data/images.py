@@ -1,0 +1,226 @@
+"""From a picture's bytes to the normalised square that a vision tower reads.
+
+Owns decoding (with every way in which a file may be bad turned into one reason) and the three
+preprocessing modes. Where the files lie, and which record they belong to, is `records.py`'s business.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+from vlmscale.errors import UserError
+
+MODES = ("resize", "pad", "crop")
+MAX_PIXELS = 178_956_970  # where Pillow itself refuses; decoding takes about 10 bytes a pixel at its peak
+MAX_SIDE = 65_535  # the longest side of a JPEG; bounds the memory of `preprocess` for thin pictures
+DRAFT_PIXELS = (
+    2**25
+)  # only a larger JPEG is decoded at reduced size, so that usual ones match LLaVA's exactly
+_WHOLE_PIXELS = 2**26  # the largest picture that `preprocess` builds on the way to its small one
+_BLOCK_PIXELS = 2**22
+
+# By their first bytes. Pillow's own registry is passed by: it also holds formats that start another program
+# (EPS), and it refuses a large JPEG before it could be decoded at reduced size.
+_READERS: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
+    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"GIF87a", GifImagePlugin.GifImageFile),
+    (b"GIF89a", GifImagePlugin.GifImageFile),
+    (b"RIFF", WebPImagePlugin.WebPImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+    (b"II*\x00", TiffImagePlugin.TiffImageFile),
+    (b"MM\x00*", TiffImagePlugin.TiffImageFile),
+    *((b"P%d" % kind, PpmImagePlugin.PpmImageFile) for kind in range(1, 7)),
+)
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used. Its text is one line, fit to be shown as a reason."""
+
+
+def decode_image(
+    source: Path | bytes, *, max_pixels: int = MAX_PIXELS, target: int | None = None
+) -> np.ndarray:
+    """The first frame of a JPEG, PNG, WebP, GIF, BMP, TIFF or PPM as read-only uint8 [H, W, 3].
+
+    Colours follow LLaVA (llava/train/train.py), which opens a file and calls `convert("RGB")`: alpha and
+    palette transparency are dropped, not composited, CMYK is converted without a profile, and the
+    EXIF orientation of a JPEG is ignored. One thing differs: Pillow clips 16-bit gray to 255, so that
+    most such pictures turn white; here 0..65535 is scaled to 0..255 (and floating point gray is refused).
+
+    The size is read from the header and checked before any pixel is decoded: at most `max_pixels`, with no
+    side above `MAX_SIDE`, so 20000 x 20000 is refused. The exception is a JPEG where `target`, the side
+    in pixels that it will be resized to, is given: above `DRAFT_PIXELS` (or `max_pixels`, if smaller) it is
+    decoded at 1/2, 1/4 or 1/8 of its size, with no side below 2 x `target`, and H and W are the reduced
+    ones. A progressive JPEG above `max_pixels` is still refused: its coefficients are held at full size.
+
+    Raises:
+        ImageError: the file is absent, has zero bytes, is of another format, too large, truncated or damaged.
+    """
+    if isinstance(source, bytes):
+        return _decode(io.BytesIO(source), max_pixels, target)
+    try:
+        with source.open("rb") as file:
+            return _decode(file, max_pixels, target)
+    except OSError as error:
+        raise ImageError(f"cannot be opened ({error.strerror or error})") from None
+
+
+def preprocess(
+    image: np.ndarray, image_size: int, mean: Sequence[float], std: Sequence[float], mode: str
+) -> np.ndarray:
+    """A picture, uint8 [H, W, 3], as the tower's input, float32 [S, S, 3] with S = `image_size`.
+
+    `mean` and `std` hold one number a channel for values in 0..1. All modes use Pillow's antialiased bicubic
+    filter on 8-bit values, then value / 255, minus mean, over std.
+
+    - "resize": straight to S x S, the aspect ratio is lost (Hugging Face's SiglipImageProcessor).
+    - "pad": to a square first, centred at (long - short) // 2, filled with int(255 * mean) (LLaVA's
+      expand2square in stage 2 and evaluation), then to S x S.
+    - "crop": shorter side to S, longer to int(S * long / short), then the centre S x S (Hugging Face's
+      CLIPImageProcessor, LLaVA's stage 1).
+
+    Memory: about 300 MB beyond two copies of the image, whatever the aspect ratio. Where the padded square or
+    the resized picture before the crop would have more than 2**26 pixels, it is not built: the long side is
+    resized before the padding, and the centre alone is computed. That differs by one 8-bit level of rounding,
+    and by more where the filter overshoots black or white.
+
+    Raises:
+        UserError: `mode`, `image_size`, `mean` or `std` is not one that can be used.
+        ValueError: `image` is not uint8 [H, W, 3], is empty, or has a side above `MAX_SIDE`.
+    """
+    if mode not in MODES:
+        raise UserError(f"image mode {mode!r} is unknown: use one of {', '.join(MODES)}")
+    if image_size < 1:
+        raise UserError(f"image size {image_size} is too small: use 1 pixel or more")
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise UserError(
+            f"image mean {tuple(mean)} and std {tuple(std)} must have three numbers each, with std above 0"
+        )
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+    if min(image.shape) < 1 or max(image.shape) > MAX_SIDE:
+        raise ValueError(f"image sides must be 1 to {MAX_SIDE}, not {list(image.shape[:2])}")
+    picture = Image.fromarray(image)
+    if mode == "resize":
+        square = _bicubic(picture, image_size, image_size)
+    elif mode == "pad":
+        square = _pad(picture, image_size, tuple(int(255 * m) for m in mean))
+    else:
+        square = _crop(picture, image_size)
+    scaled = (np.asarray(square) * (1 / 255)).astype(np.float32)
+    return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def _decode(file: BinaryIO, max_pixels: int, target: int | None) -> np.ndarray:
+    """`decode_image` on an open file."""
+    head = file.read(16)
+    file.seek(0)
+    if not head:
+        raise ImageError("has zero bytes")
+    reader = next((reader for magic, reader in _READERS if head.startswith(magic)), None)
+    if reader is None or (head.startswith(b"RIFF") and head[8:12] != b"WEBP"):
+        raise ImageError("not a picture that can be read (JPEG, PNG, WebP, GIF, BMP, TIFF or PPM)")
+    try:
+        with reader(file) as image:
+            _fit(image, max_pixels, target)
+            image.load()
+            return _to_rgb(image)
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError("does not fit into memory") from None
+    except Exception as error:  # Pillow's readers raise a dozen different types on hostile bytes
+        text = " ".join(str(error).split())[:120] or type(error).__name__
+        raise ImageError(f"truncated or damaged ({text})") from None
+
+
+def _fit(image: ImageFile.ImageFile, max_pixels: int, target: int | None) -> None:
+    """Refuses a picture that is too large, by its header; sets a large JPEG to be decoded at reduced size."""
+    width, height = image.size
+    pixels = width * height
+    if pixels < 1:
+        raise ImageError(f"has no pixels ({width}x{height})")
+    if max(width, height) > MAX_SIDE:
+        raise ImageError(f"too large: {width}x{height}, and a side may be {MAX_SIDE} pixels at most")
+    if target is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+        whole = pixels > max_pixels and "progressive" in image.info  # the decoder would hold all of it
+        if pixels > min(DRAFT_PIXELS, max_pixels) and not whole:
+            image.draft(None, (2 * target, 2 * target))
+    if image.size[0] * image.size[1] > max_pixels:
+        raise ImageError(
+            f"too large: {width}x{height} is {pixels} pixels, more than the limit of {max_pixels}"
+        )
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """A loaded picture of any Pillow mode as uint8 [H, W, 3]."""
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _gray16_to_rgb(np.asarray(image))
+    if image.mode == "F":
+        raise ImageError("has floating point pixels, whose range is not known: save it with 8 bits")
+    image.info.pop("transparency", None)  # dropped by convert("RGB") too, but with a warning
+    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _gray16_to_rgb(gray: np.ndarray) -> np.ndarray:
+    """Gray [H, W] of 0..65535 as uint8 [H, W, 3], rounded to the nearest; by rows, to bound the memory."""
+    out = np.empty((*gray.shape, 3), np.uint8)
+    rows = max(1, _BLOCK_PIXELS // gray.shape[1])
+    for start in range(0, len(gray), rows):
+        block = gray[start : start + rows].astype(np.int64)
+        if block.min() < 0 or block.max() > 65_535:
+            raise ImageError("has 32-bit pixels outside 0..65535: save it with 8 or 16 bits")
+        out[start : start + rows] = ((block + 128) // 257)[:, :, None]
+    return out
+
+
+def _bicubic(
+    picture: Image.Image, width: int, height: int, box: tuple[float, float, float, float] | None = None
+) -> Image.Image:
+    """Resizes a picture, or its `box` (left, top, right, bottom)."""
+    return picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+
+def _pad(picture: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:
+    """Pads to a square, then resizes; beyond `_WHOLE_PIXELS` the long side is resized before the padding."""
+    width, height = picture.size
+    side = max(width, height)
+    shape = [side, side]
+    if side * side > _WHOLE_PIXELS:
+        picture = _bicubic(picture, size, height) if width >= height else _bicubic(picture, width, size)
+        shape[0 if width >= height else 1] = size
+    square = Image.new("RGB", (shape[0], shape[1]), fill)
+    square.paste(picture, (0, (side - height) // 2) if width >= height else ((side - width) // 2, 0))
+    return _bicubic(square, size, size)
+
+
+def _crop(picture: Image.Image, size: int) -> Image.Image:
+    """Shorter side to `size`, then the centre; beyond `_WHOLE_PIXELS` the centre alone is computed."""
+    width, height = picture.size
+    wide = width >= height
+    short, long = min(width, height), max(width, height)
+    new_long = int(size * long / short)  # Hugging Face truncates
+    start = (new_long - size) // 2
+    if new_long * size <= _WHOLE_PIXELS:
+        resized = _bicubic(picture, new_long, size) if wide else _bicubic(picture, size, new_long)
+        left, top = (start, 0) if wide else (0, start)
+        return resized.crop((left, top, left + size, top + size))
+    first, last = start * long / new_long, (start + size) * long / new_long
+    return _bicubic(picture, size, size, box=(first, 0, last, height) if wide else (0, first, width, last))

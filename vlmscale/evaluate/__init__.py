@@ -1,0 +1,1 @@
+"""Evaluation: generation, scoring, the runner that writes answers and rows."""

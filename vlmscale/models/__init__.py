@@ -1,0 +1,1 @@
+"""Pure Linen modules; they know nothing of data, training or files."""

@@ -1,0 +1,1 @@
+"""Training: prepared data, state, step, checkpoints, the loop, the demo's tower."""

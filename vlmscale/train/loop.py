@@ -1,0 +1,249 @@
+"""The training loop of one cell: open the run, restore or initialise, step, log, save, finish.
+
+Order inside the loop: step -> metrics -> (held-out loss) -> metrics to disk -> save. Metrics reach the
+disk before the checkpoint of the same step, so a resume never misses a line and repeats none.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from vlmscale.config import Cell, cell_id, from_dict, to_dict
+from vlmscale.data.pipeline import Batch, Rows, batches, in_order
+from vlmscale.data.tokenizer import load_tokenizer
+from vlmscale.errors import UserError
+from vlmscale.models.vlm import VLM
+from vlmscale.records import Metrics, Status, environment, make_directory, read_json, write_json
+from vlmscale.sharding import check_batch, make_mesh, put_batch, replicated
+from vlmscale.train.checkpoint import Checkpoints
+from vlmscale.train.prepared import Prepared
+from vlmscale.train.step import (
+    TrainState,
+    build_model,
+    init_state,
+    loss_sum,
+    make_optimizer,
+    make_train_step,
+)
+from vlmscale.weights import tree
+
+_FLUSH_EVERY = 25  # steps whose metrics are fetched from the device together
+_HELDOUT_BATCH = 200
+Progress = Callable[[int, int, float], None]
+
+
+class PreemptedError(Exception):
+    """Training stopped on a signal after saving: the process exits with 42 and is to be run again."""
+
+
+@dataclass
+class Signals:
+    """Whether SIGTERM or SIGINT has asked for a stop."""
+
+    received: int = 0
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Signals]:
+    """Turn SIGTERM and SIGINT into a flag for as long as the loop runs."""
+    signals = Signals()
+
+    def remember(number: int, _: Any) -> None:
+        signals.received = number
+
+    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def open_run(cell: Cell, run: Path, data: Path, sweep: str) -> None:
+    """Make the run directory, or check that it belongs to this cell.
+
+    Args:
+      cell: the config.
+      run: its directory.
+      data: the prepared data, named in spec.json relative to the run.
+      sweep: name of the sweep, "" for a single run.
+
+    Raises:
+      UserError: another config lives there, or it cannot be written.
+    """
+    make_directory(run)
+    spec = run / "spec.json"
+    identity = cell_id(cell)
+    if spec.exists():
+        known = read_json(spec)["cell_id"]
+        if known != identity:
+            raise UserError(f"{run}: holds cell {known}, this config is cell {identity}; choose another --out")
+        return
+    where = os.path.relpath(data.resolve(), run.resolve())
+    write_json(spec, {"cell_id": identity, "sweep": sweep, "data": where, "config": to_dict(cell)})
+    write_json(run / "env.json", environment(jax.devices()[0].device_kind))
+
+
+def load_prepared(run: Path) -> tuple[Cell, Prepared]:
+    """The config of an opened run and its prepared data.
+
+    Raises:
+      UserError: not a run directory, or its data is gone.
+    """
+    spec = read_json(run / "spec.json")
+    data = run / spec["data"]
+    manifest = read_json(data / "manifest.json")
+    return from_dict(spec["config"]), Prepared(data, manifest, load_tokenizer(data / "tokenizer.json"))
+
+
+@dataclass
+class Run:
+    """The pieces of a running cell that the loop needs."""
+
+    cell: Cell
+    mesh: Mesh
+    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    heldout: Callable[[Any], float] | None
+    metrics: Metrics
+    checkpoints: Checkpoints
+    signals: Signals
+    progress: Progress
+
+
+def train(cell: Cell, run: Path, prepared: Prepared, progress: Progress) -> None:
+    """Train one opened cell to its last step, resuming from its last good checkpoint.
+
+    Raises:
+      PreemptedError: a signal asked to stop; the state is saved.
+      FloatingPointError: the loss is not finite; the message names the step.
+    """
+    if (run / "done.json").exists():
+        return
+    mesh = make_mesh()
+    check_batch(cell.train.batch_size, mesh)
+    started = time.monotonic()
+    checkpoints, status = Checkpoints(run), Status(run)
+    step, before = checkpoints.latest() or 0, status.read()
+    resumed = before["resumed_from"] + ([step] if before["attempts"] else [])
+    status.update(state="running", attempts=before["attempts"] + 1, resumed_from=resumed, last_error=None)
+    data = prepared.rows("train", cell)
+    model = build_model(cell, prepared.tokenizer.get_vocab_size())
+    optimizer = make_optimizer(cell.train)
+    state = _first_state(cell, model, optimizer, data, mesh, checkpoints, step)
+    train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
+    heldout = _make_heldout(cell, prepared, model, mesh)
+    metrics = Metrics(run / "metrics.jsonl", step)
+    try:
+        with stop_on_signal() as signals:
+            pieces = Run(cell, mesh, train_step, heldout, metrics, checkpoints, signals, progress)
+            state = _loop(pieces, state, step, batches(data, cell.train.batch_size, cell.train.seed, step))
+    except PreemptedError:
+        status.update(state="preempted")
+        raise
+    finally:
+        metrics.close()
+        checkpoints.close()
+        status.update(wall_s=before.get("wall_s", 0.0) + time.monotonic() - started)
+    done = {
+        "steps": cell.train.steps,
+        "wall_s": status.read()["wall_s"],
+        "resumed_from": resumed,
+        "params_sha256": tree.sha256(state.params),
+    }
+    write_json(run / "done.json", done)
+
+
+def _first_state(
+    cell: Cell,
+    model: VLM,
+    optimizer: optax.GradientTransformation,
+    data: Rows,
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+    step: int,
+) -> TrainState:
+    """Restore step `step`, or initialise when it is 0, straight onto the mesh."""
+    batch = put_batch(next(in_order(data, cell.train.batch_size)), mesh)
+    everywhere = replicated(mesh)
+    if not step:
+        init = jax.jit(lambda b: init_state(model, optimizer, b, cell.train.seed), out_shardings=everywhere)
+        return init(batch)
+    shapes = jax.eval_shape(lambda b: init_state(model, optimizer, b, cell.train.seed), batch)
+    return checkpoints.restore(step, with_sharding(shapes, everywhere))
+
+
+def with_sharding(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
+    """The same tree of ShapeDtypeStructs, placed."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+
+
+def _loop(run: Run, state: TrainState, step: int, stream: Iterator[Batch]) -> TrainState:
+    config = run.cell.train
+    waiting: list[tuple[int, dict[str, jax.Array]]] = []
+    while step < config.steps:
+        batch = put_batch(next(stream), run.mesh)
+        state, values = run.train_step(state, batch)
+        step += 1
+        last = step == config.steps
+        with_heldout = step % config.heldout_every == 0 or last
+        if step % config.log_every == 0 or with_heldout:
+            waiting.append((step, values))
+        due = step % config.checkpoint_every == 0 or last or run.signals.received != 0
+        if due or with_heldout or len(waiting) >= _FLUSH_EVERY:
+            loss = _write_metrics(run, waiting, state, step, with_heldout)
+            run.progress(step, config.steps, loss)
+        if due:
+            run.checkpoints.save(step, state)
+        if run.signals.received and not last:
+            run.checkpoints.wait()
+            raise PreemptedError(f"stopped by signal {run.signals.received} at step {step}; saved, run again to go on")
+    return state
+
+
+def _write_metrics(
+    run: Run,
+    waiting: list[tuple[int, dict[str, jax.Array]]],
+    state: TrainState,
+    step: int,
+    with_heldout: bool,
+) -> float:
+    """Bring waiting metrics to disk; refuse a loss that is not finite. Returns the last loss."""
+    loss = math.nan
+    for number, values in waiting:
+        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
+        if not math.isfinite(numbers["loss"]):
+            raise FloatingPointError(f"the loss is {numbers['loss']} at step {number}; lower train.learning_rate")
+        loss = numbers["loss"]
+        if run.heldout is not None and number == step and with_heldout:
+            numbers["heldout_loss"] = run.heldout(state.params)
+        run.metrics.write(number, **numbers)
+    waiting.clear()
+    run.metrics.flush()
+    return loss
+
+
+def _make_heldout(cell: Cell, prepared: Prepared, model: VLM, mesh: Mesh) -> Callable[[Any], float] | None:
+    """Mean loss per supervised token on the validation split; None where there is no such split."""
+    if "validation" not in prepared.manifest["records"]:
+        return None
+    rows = prepared.rows("validation", cell)
+    size = -(-_HELDOUT_BATCH // mesh.size) * mesh.size
+    sums = jax.jit(lambda params, batch: loss_sum(model, params, batch))
+
+    def heldout(params: Any) -> float:
+        parts = [jax.device_get(sums(params, put_batch(batch, mesh))) for batch in in_order(rows, size)]
+        return float(sum(total for total, _ in parts) / max(sum(count for _, count in parts), 1))
+
+    return heldout

@@ -1,0 +1,1 @@
+"""Checkpoints of parameters in and out: safetensors, no pickle, no torch."""
