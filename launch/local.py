@@ -83,17 +83,13 @@ def _start(cell: CellDirectory, core: int | None) -> Running:
     log = (cell.path / "log.txt").open("a")
     environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
 
-    def pin() -> None:
-        if core is not None:
-            os.sched_setaffinity(0, {core})
-
+    place = [] if core is None else [str(core)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.worker", str(cell.path)],
+        [sys.executable, "-m", "launch.worker", str(cell.path), *place],
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
         env=environment,
-        preexec_fn=pin,
         start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
     )
     log.close()

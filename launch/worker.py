@@ -1,4 +1,4 @@
-"""One cell in one process: `python -m launch.worker CELL_DIR` trains and evaluates what spec.json says.
+"""One cell in one process: `python -m launch.worker CELL_DIR [CORE]` trains and evaluates what spec.json says.
 
 Exit codes: 0 done, 2 a user's mistake, 42 saved and to be run again, anything else a fault.
 """
@@ -23,6 +23,8 @@ EXIT_USER, EXIT_AGAIN = 2, 42
 def main() -> int:
     """Run the cell named on the command line."""
     run = Path(sys.argv[1])
+    if len(sys.argv) > 2:  # before jax starts its threads, so that it starts one
+        os.sched_setaffinity(0, {int(sys.argv[2])})
     _stop_with_parent()
     # Held until this process ends, however it ends: a second worker on the same cell waits here.
     with (run / ".lock").open("w") as lock:

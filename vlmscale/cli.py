@@ -99,7 +99,7 @@ def _add_data(commands: Any) -> None:
     data = commands.add_parser("data", help="make data sets").add_subparsers(dest="what", required=True)
     scenes = _add(data, "scenes", _data_scenes, "write the built-in data set", "vlmscale data scenes --out DIR")
     scenes.add_argument("--out", type=Path, required=True)
-    scenes.add_argument("--train", type=int, default=12_000, help="pictures (default %(default)s)")
+    scenes.add_argument("--train", type=int, default=20_000, help="pictures (default %(default)s)")
     scenes.add_argument("--validation", type=int, default=200, help="pictures (default %(default)s)")
     scenes.add_argument("--test", type=int, default=400, help="pictures (default %(default)s)")
     scenes.add_argument("--seed", type=int, default=0)

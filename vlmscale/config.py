@@ -4,8 +4,6 @@ A config file is Python with `get_config(arg: str) -> Cell`. It is loaded throug
 `--config FILE[:ARG] --config.train.steps=10` works from any command.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import hashlib
@@ -52,7 +50,7 @@ class CompressorConfig:
 class LLMConfig:
     """The decoder, by its name in the size table."""
 
-    name: str = "toy-110k"
+    name: str = "toy-135k"
 
 
 @dataclass
@@ -66,7 +64,7 @@ class DataConfig:
     # How a photograph becomes a square: "resize", "pad" or "crop".
     image_mode: str = "resize"
     # Sizes of the drawn splits, in images (source "scenes" only).
-    train_images: int = 12_000
+    train_images: int = 20_000
     validation_images: int = 200
     test_images: int = 400
     seed: int = 0
@@ -79,15 +77,15 @@ class DataConfig:
 class TrainConfig:
     """The recipe: AdamW, linear warm-up, cosine decay to 2 percent."""
 
-    steps: int = 1000
-    batch_size: int = 32
-    learning_rate: float = 3e-3
+    steps: int = 2500
+    batch_size: int = 8
+    learning_rate: float = 1.5e-3
     warmup_steps: int = 50
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
     seed: int = 0
-    log_every: int = field(default=25, metadata=_BYSTANDER)
-    heldout_every: int = field(default=250, metadata=_BYSTANDER)
+    log_every: int = field(default=1, metadata=_BYSTANDER)
+    heldout_every: int = field(default=500, metadata=_BYSTANDER)
     checkpoint_every: int = field(default=250, metadata=_BYSTANDER)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from vlmscale.config import Sweep, load_cell
 
-LLMS = ("toy-6k", "toy-30k", "toy-110k", "toy-350k")
+LLMS = ("toy-14k", "toy-40k", "toy-135k", "toy-375k")
 VISUAL_TOKENS = (0, 1, 4, 16, 64)
 
 

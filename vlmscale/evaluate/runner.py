@@ -157,7 +157,7 @@ def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> lis
     by_task: dict[str, list[tuple[Item, str, int]]] = {}
     for item, (answer, used) in zip(chosen, answers, strict=True):
         by_task.setdefault(item.task, []).append((item, answer, used))
-    rows = []
+    rows, sample_flops = [], _training_flops(run)
     (run.path / "answers").mkdir(exist_ok=True)
     for task, answered in sorted(by_task.items()):
         lines = [
@@ -165,12 +165,14 @@ def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> lis
             for item, answer, _ in answered
         ]
         write_lines(run.path / "answers" / f"{task}.jsonl", lines)
-        rows.append(_row(run, split, answered))
+        rows.append(_row(run, split, answered, sample_flops))
     write_lines(run.path / "result.jsonl", [row.to_json() for row in rows])
     return rows
 
 
-def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]]) -> ResultRow:
+def _row(
+    run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], sample_flops: float
+) -> ResultRow:
     cell, template = run.cell, run.prepared.template
     llm, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
     vocab, visual_tokens = run.prepared.tokenizer.get_vocab_size(), cell.compressor.visual_tokens
@@ -183,7 +185,6 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]]) -> R
     done = read_json(run.path / "done.json")
     metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     heldout = [line["heldout_loss"] for line in metrics if "heldout_loss" in line]
-    sample = _training_flops(run, compressor)
     first = answered[0][0]
     return ResultRow(
         run_id=f"{run.sweep or 'run'}-{run.cell_id}",
@@ -211,7 +212,7 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]]) -> R
         data_samples=cell.train.steps * cell.train.batch_size,
         stage_steps=[cell.train.steps],
         lr=cell.train.learning_rate,
-        train_flops=round(sample * cell.train.steps * cell.train.batch_size),
+        train_flops=round(sample_flops * cell.train.steps * cell.train.batch_size),
         infer_flops=round(tower_flops + compressor + llm_flops),
         latency_ms=None,
         device=read_json(run.path / "env.json")["device"],
@@ -235,13 +236,15 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]]) -> R
     )
 
 
-def _training_flops(run: LoadedRun, compressor: int) -> float:
+def _training_flops(run: LoadedRun) -> float:
     """FLOPs of an average training sample (padding is not counted as work)."""
-    rows = run.prepared.rows("train", run.cell).rows
+    cell, llm = run.cell, SIZES[run.cell.llm.name]
+    rows = run.prepared.rows("train", cell).rows
     tokens = float(np.mean([len(row.tokens) for row in rows]))
     targets = float(np.mean([len(row.target_ids) for row in rows]))
-    vocab = run.prepared.tokenizer.get_vocab_size()
-    return flops.training_flops(SIZES[run.cell.llm.name], vocab, tokens, targets, compressor)
+    tower, vocab = TOWERS[cell.tower.name], run.prepared.tokenizer.get_vocab_size()
+    compressor = flops.compressor_flops(cell.compressor.name, cell.compressor.visual_tokens, tower, llm.width)
+    return flops.training_flops(llm, vocab, tokens, targets, compressor)
 
 
 def answer_one(run: LoadedRun, image: Path | None, prompt: str) -> str:

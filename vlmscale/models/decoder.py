@@ -32,10 +32,10 @@ class DecoderSize:
 
 # Named by total parameters with the demo's tokenizer, embeddings (tied) counted once.
 SIZES: dict[str, DecoderSize] = {
-    "toy-6k": DecoderSize(width=16, num_layers=1, num_heads=1, num_kv_heads=1, mlp_width=48),
-    "toy-30k": DecoderSize(width=32, num_layers=2, num_heads=2, num_kv_heads=2, mlp_width=96),
-    "toy-110k": DecoderSize(width=64, num_layers=2, num_heads=2, num_kv_heads=2, mlp_width=192),
-    "toy-350k": DecoderSize(width=96, num_layers=3, num_heads=3, num_kv_heads=3, mlp_width=256),
+    "toy-14k": DecoderSize(width=16, num_layers=2, num_heads=1, num_kv_heads=1, mlp_width=48),
+    "toy-40k": DecoderSize(width=32, num_layers=2, num_heads=2, num_kv_heads=2, mlp_width=96),
+    "toy-135k": DecoderSize(width=64, num_layers=2, num_heads=2, num_kv_heads=2, mlp_width=192),
+    "toy-375k": DecoderSize(width=96, num_layers=3, num_heads=3, num_kv_heads=3, mlp_width=256),
 }
 
 
@@ -67,10 +67,9 @@ class RMSNorm(nn.Module):
         return (normed * scale).astype(x.dtype)
 
 
-def _dense(features: int, name: str, dtype: jnp.dtype) -> nn.Dense:
-    return nn.Dense(
-        features, use_bias=False, dtype=dtype, kernel_init=nn.initializers.normal(0.02), name=name
-    )
+def _dense(features: int, name: str, dtype: jnp.dtype, gain: float = 1.0) -> nn.Dense:
+    init = nn.initializers.variance_scaling(gain, "fan_in", "normal")
+    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
 
 
 class Block(nn.Module):
@@ -102,10 +101,12 @@ class Block(nn.Module):
             v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, slot, 0, 0))
             cache = (k, v)
         mixed = attend(q, k, v, mask).reshape(batch, length, size.width)
-        x = x + _dense(size.width, "o", self.dtype)(mixed)
+        gain = 0.5 / size.num_layers  # keeps the residual stream's variance at 1 for any depth
+        x = x + _dense(size.width, "o", self.dtype, gain)(mixed)
         h = RMSNorm(size.norm_eps, name="mlp_norm")(x)
         gate = nn.silu(_dense(size.mlp_width, "gate", self.dtype)(h))
-        x = x + _dense(size.width, "down", self.dtype)(gate * _dense(size.mlp_width, "up", self.dtype)(h))
+        h = gate * _dense(size.mlp_width, "up", self.dtype)(h)
+        x = x + _dense(size.width, "down", self.dtype, gain)(h)
         return x, cache
 
 
@@ -123,10 +124,15 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Declare the parameters."""
         self.embedding = self.param(
-            "embedding", nn.initializers.normal(0.02), (self.vocab_size, self.size.width), jnp.float32
+            "embedding",
+            nn.initializers.normal(self.size.width**-0.5),
+            (self.vocab_size, self.size.width),
+            jnp.float32,
         )
+        # Recomputing a layer in the backward pass is faster than keeping its intermediates, also on CPU,
+        # where the scan would copy each of them into a stacked array.
         scan = nn.scan(
-            Block,
+            nn.remat(Block, prevent_cse=False),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

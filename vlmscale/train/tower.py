@@ -60,16 +60,15 @@ class Captioner(nn.Module):
         step = side // cells
         region = x.reshape(rows, cells, step, cells, step, width).swapaxes(2, 3)
         region = region.reshape(rows, cells * cells, step * step * width)
-        objects = nn.Dense(3 * self.vocabulary, name="objects")(self._hidden(region, "object"))
+        # Plain linear heads: what a word needs, combinations such as "framed red" included, has to be in the
+        # patches themselves, where it survives pooling.
+        objects = nn.Dense(3 * self.vocabulary, name="objects")(region)
         parts = [
             nn.Dense(self.vocabulary, name="background")(x.mean(1))[:, None],
             objects.reshape(rows, cells * cells * 3, self.vocabulary),
-            nn.Dense(self.vocabulary, name="characters")(self._hidden(x, "character")),
+            nn.Dense(self.vocabulary, name="characters")(x),
         ]
         return jnp.concatenate(parts, axis=1)
-
-    def _hidden(self, x: jax.Array, name: str) -> jax.Array:
-        return nn.gelu(nn.Dense(self.size.width, name=f"{name}_hidden")(x))
 
 
 class TowerTrainer(nn.Module):
@@ -83,7 +82,7 @@ class TowerTrainer(nn.Module):
         self.tower = VisionTower(self.size)
         self.pool = AttentionPool(self.size)
         self.captioner = Captioner(self.size, len(scenes.LAYOUT_WORDS))
-        self.text = Decoder(SIZES["toy-30k"], self.text_vocabulary)
+        self.text = Decoder(SIZES["toy-40k"], self.text_vocabulary)
         self.text_head = nn.Dense(self.size.width)
         self.log_scale = self.param("log_scale", lambda _: jnp.log(jnp.float32(10.0)))
         self.bias = self.param("bias", lambda _: jnp.float32(-10.0))
