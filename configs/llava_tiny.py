@@ -16,6 +16,8 @@ def get_config(arg: str = "") -> Cell:
         compressor=CompressorConfig(visual_tokens=16),
         llm=LLMConfig(name=arg or "toy-135k"),
         data=DataConfig(source="llava", max_text_tokens=512),
-        train=TrainConfig(steps=400, batch_size=16, learning_rate=3e-3, checkpoint_every=100, heldout_every=100),
+        train=TrainConfig(
+            steps=400, batch_size=16, learning_rate=3e-3, checkpoint_every=100, heldout_every=100
+        ),
         evaluate=EvaluateConfig(max_new_tokens=64, batch_size=64, history="gold"),
     )

@@ -1,7 +1,7 @@
 """One cell of the demo: the built-in scenes, one LLM, one number of visual tokens.
 
-    vlmscale train --config configs/scenes_tiny.py:toy-135k,16 --out RUN
-    vlmscale evaluate --run RUN
+vlmscale train --config configs/scenes_tiny.py:toy-135k,16 --out RUN
+vlmscale evaluate --run RUN
 """
 
 from vlmscale.config import Cell, CompressorConfig, LLMConfig, TrainConfig

@@ -44,7 +44,10 @@ class Bars:
         if not self.terminal:
             if time.monotonic() - self.said >= _LINE_EVERY_S:
                 self.said = time.monotonic()
-                print(f"{count}/{len(self.cells)} cells, {100 * done / self.total:.0f}% of the work, {left}", file=sys.stderr)
+                print(
+                    f"{count}/{len(self.cells)} cells, {100 * done / self.total:.0f}% of the work, {left}",
+                    file=sys.stderr,
+                )
             return
         self.outer.n = round(100 * done / self.total, 1)
         self.outer.set_description_str(f"sweep {count}/{len(self.cells)} cells", refresh=False)
@@ -57,7 +60,11 @@ class Bars:
                 used = {bar.pos for bar in self.inner.values()}
                 position = next(i for i in range(1, len(used) + 2) if -i not in used)
                 self.inner[cell.id] = tqdm(
-                    total=cell.cell.train.steps, desc=f"  {cell.label:16}", unit="step", position=position, leave=False
+                    total=cell.cell.train.steps,
+                    desc=f"  {cell.label:16}",
+                    unit="step",
+                    position=position,
+                    leave=False,
                 )
             self.inner[cell.id].n = step
             self.inner[cell.id].refresh()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from launch.bars import Bars
 from launch.state import CellDirectory, steps_done
-from launch.worker import EXIT_AGAIN, EXIT_USER
+from launch.worker import EXIT_USER
 from vlmscale.records import Status
 
 _POLL_S = 0.25
@@ -29,10 +29,10 @@ class Running:
     core: int | None
 
 
-def cores() -> list[int | None]:
+def cores() -> list[int] | list[None]:
     """The cores this process may use; [None] where the system does not say."""
     if hasattr(os, "sched_getaffinity"):
-        return list(sorted(os.sched_getaffinity(0)))
+        return sorted(os.sched_getaffinity(0))
     return [None] * max(1, (os.cpu_count() or 1) // 2)
 
 
@@ -46,16 +46,18 @@ def run_cells(cells: list[CellDirectory], workers: int | None) -> tuple[list[Cel
     Returns:
       The cells that failed, and whether a signal stopped the sweep.
     """
-    free = cores()[: workers or None]
+    free: list[int | None] = [*cores()][: workers or None]
     waiting = sorted((c for c in cells if not c.finished), key=lambda c: -c.work)
     attempts: dict[str, int] = {}
     running: list[Running] = []
     failed: list[CellDirectory] = []
+    told = False
     with _signals() as stopped, Bars(cells) as bars:
         while running or (waiting and not stopped):
             while waiting and free and not stopped:
                 running.append(_start(waiting.pop(0), free.pop(0)))
-            if stopped:
+            if stopped and not told:
+                told = True
                 for item in running:
                     item.process.send_signal(signal.SIGTERM)
             time.sleep(_POLL_S)
@@ -63,9 +65,11 @@ def run_cells(cells: list[CellDirectory], workers: int | None) -> tuple[list[Cel
                 running.remove(item)
                 free.append(item.core)
                 attempts[item.cell.id] = attempts.get(item.cell.id, 0) + 1
-                if _again(item, attempts[item.cell.id]) and not stopped:
+                if stopped:
+                    continue
+                if _again(item, attempts[item.cell.id]):
                     waiting.append(item.cell)
-                elif item.process.returncode not in (0, EXIT_AGAIN):
+                elif item.process.returncode:
                     failed.append(item.cell)
                 bars.finished(item.cell, item.process.returncode)
             bars.update([(item.cell, steps_done(item.cell)) for item in running])

@@ -63,7 +63,9 @@ def open_sweep(sweep: Sweep, out: Path) -> list[CellDirectory]:
             raise UserError(f"{out}: holds sweep {known['name']} with other cells; choose another --out")
     else:
         cohorts = [[cell] for cell in ids]
-        write_json(path, {"name": sweep.name, "cells": ids, "cohorts": cohorts, "vlmscale_version": __version__})
+        write_json(
+            path, {"name": sweep.name, "cells": ids, "cohorts": cohorts, "vlmscale_version": __version__}
+        )
     return cells
 
 

@@ -1,4 +1,4 @@
-"""One cell in one process: `python -m launch.worker CELL_DIR [CORE]` trains and evaluates what spec.json says.
+"""One cell in one process: `python -m launch.worker CELL_DIR [CORE]` runs what spec.json says.
 
 Exit codes: 0 done, 2 a user's mistake, 42 saved and to be run again, anything else a fault.
 """

@@ -24,7 +24,11 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> 
     rows = batch * num_kv_heads
     # Heads that share a key become rows of one plain batched product: no key is repeated, and on CPU
     # this layout is about a third faster, gradient included, than a five-index contraction.
-    q = q.reshape(batch, length, num_kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4).reshape(rows, -1, head_dim)
+    q = (
+        q.reshape(batch, length, num_kv_heads, -1, head_dim)
+        .transpose(0, 2, 3, 1, 4)
+        .reshape(rows, -1, head_dim)
+    )
     k, v = (x.swapaxes(1, 2).reshape(rows, slots, head_dim) for x in (k, v))
     scores = jnp.einsum("btd,bsd->bts", q, k, preferred_element_type=jnp.float32) * (head_dim**-0.5)
     if mask is not None:

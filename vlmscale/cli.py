@@ -44,12 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="vlmscale", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = argparse.ArgumentParser(
+        prog="vlmscale", description=__doc__.splitlines()[0] if __doc__ else None
+    )
     parser.add_argument("--version", action="version", version=f"vlmscale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = _add(commands, "demo", _demo, "train the demo sweep and write its report", "vlmscale demo --out runs/demo")
-    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="sweep directory (default runs/demo)")
+    demo = _add(
+        commands, "demo", _demo, "train the demo sweep and write its report", "vlmscale demo --out runs/demo"
+    )
+    demo.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="sweep directory (default runs/demo)"
+    )
     demo.set_defaults(sweep="configs/sweeps/demo.py", workers=None, takes_config=True)
 
     train = _add(
@@ -57,16 +63,25 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         _train,
         "train one cell",
-        "vlmscale train --config configs/llava_tiny.py --config.data.records=mix.json --config.data.images=DIR --out RUN",
+        "vlmscale train --config configs/llava_tiny.py --config.data.records=mix.json "
+        "--config.data.images=DIR --out RUN",
     )
-    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file; --config.KEY=VALUE overrides")
-    train.add_argument("--out", type=Path, required=True, help="run directory; an unfinished run in it is resumed")
+    train.add_argument(
+        "--config", required=True, metavar="FILE[:ARG]", help="config file; --config.KEY=VALUE overrides"
+    )
+    train.add_argument(
+        "--out", type=Path, required=True, help="run directory; an unfinished run in it is resumed"
+    )
     train.set_defaults(takes_config=True)
 
-    evaluate = _add(commands, "evaluate", _evaluate, "answer and score a run's tasks", "vlmscale evaluate --run RUN")
+    evaluate = _add(
+        commands, "evaluate", _evaluate, "answer and score a run's tasks", "vlmscale evaluate --run RUN"
+    )
     evaluate.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR")
     evaluate.add_argument("--tasks", help="comma-separated names (default all)")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    evaluate.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
 
     generate = _add(
         commands,
@@ -78,13 +93,19 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR")
     generate.add_argument("--image", type=Path, help="a picture; without one the question is asked blind")
     generate.add_argument("--prompt", required=True)
-    generate.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    generate.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
 
     _add_data(commands)
     _add_sweep(commands)
-    tower = _add(commands, "tower", _tower, "train the demo's vision tower", "vlmscale tower --out tower.safetensors")
+    tower = _add(
+        commands, "tower", _tower, "train the demo's vision tower", "vlmscale tower --out tower.safetensors"
+    )
     tower.add_argument("--out", type=Path, required=True, help="safetensors file to write")
-    tower.add_argument("--steps", type=int, default=None, help="fewer steps for a trial (default: the shipped tower's)")
+    tower.add_argument(
+        "--steps", type=int, default=None, help="fewer steps for a trial (default: the shipped tower's)"
+    )
     commands.add_parser("analyze", help="fit scaling laws and write a report (see vlmscale analyze --help)")
     return parser
 
@@ -97,7 +118,9 @@ def _add(commands: Any, name: str, run: Command, about: str, example: str) -> ar
 
 def _add_data(commands: Any) -> None:
     data = commands.add_parser("data", help="make data sets").add_subparsers(dest="what", required=True)
-    scenes = _add(data, "scenes", _data_scenes, "write the built-in data set", "vlmscale data scenes --out DIR")
+    scenes = _add(
+        data, "scenes", _data_scenes, "write the built-in data set", "vlmscale data scenes --out DIR"
+    )
     scenes.add_argument("--out", type=Path, required=True)
     scenes.add_argument("--train", type=int, default=20_000, help="pictures (default %(default)s)")
     scenes.add_argument("--validation", type=int, default=200, help="pictures (default %(default)s)")
@@ -106,15 +129,25 @@ def _add_data(commands: Any) -> None:
 
 
 def _add_sweep(commands: Any) -> None:
-    sweep = commands.add_parser("sweep", help="run sweeps of cells").add_subparsers(dest="what", required=True)
-    run = _add(sweep, "run", _sweep_run, "train and evaluate all cells", "vlmscale sweep run configs/sweeps/demo.py --out DIR")
+    sweep = commands.add_parser("sweep", help="run sweeps of cells").add_subparsers(
+        dest="what", required=True
+    )
+    run = _add(
+        sweep,
+        "run",
+        _sweep_run,
+        "train and evaluate all cells",
+        "vlmscale sweep run configs/sweeps/demo.py --out DIR",
+    )
     run.add_argument("sweep", metavar="SWEEP", help="file with get_sweep(overrides)")
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--workers", type=int, default=None, help="processes at a time (default: one a core)")
     run.set_defaults(takes_config=True)
     status = _add(sweep, "status", _sweep_status, "the state of every cell", "vlmscale sweep status DIR")
     status.add_argument("out", type=Path, metavar="DIR")
-    status.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    status.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
 
 
 def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -163,17 +196,18 @@ def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _sweep_status(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from launch.state import CellDirectory, steps_done
     from vlmscale.config import from_dict
     from vlmscale.records import Status, read_json
-
-    from launch.state import CellDirectory, steps_done
 
     rows = []
     for name in read_json(arguments.out / "sweep.json")["cells"]:
         path = arguments.out / "cells" / name
         spec = read_json(path / "spec.json") if (path / "spec.json").exists() else None
         status = Status(path).read()
-        row = {"cell_id": name, "cell": "", "step": 0, "steps": 0} | {k: status[k] for k in ("state", "attempts", "last_error")}
+        row = {"cell_id": name, "cell": "", "step": 0, "steps": 0} | {
+            k: status[k] for k in ("state", "attempts", "last_error")
+        }
         if spec:
             cell = CellDirectory(name, from_dict(spec["config"]), path)
             row |= {"cell": cell.label, "step": steps_done(cell), "steps": cell.cell.train.steps}
@@ -229,7 +263,9 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     rows = evaluate(load_run(arguments.run_dir), tasks, lambda done, total: bar("answering", done, total))
     Status(arguments.run_dir).update(state="done")
     if arguments.json:
-        print(json.dumps({"run": str(arguments.run_dir), "rows": [json.loads(row.to_json()) for row in rows]}))
+        print(
+            json.dumps({"run": str(arguments.run_dir), "rows": [json.loads(row.to_json()) for row in rows]})
+        )
         return 0
     print(f"{'task':14} {'group':12} {'score':>7} {'chance':>7} {'items':>6}")
     for row in rows:

@@ -142,9 +142,11 @@ def load_cell(spec: str, overrides: Sequence[str]) -> Cell:
         values(argv)
         cell = values["config"].value
     except flags.IllegalFlagValueError as error:
-        raise UserError(f"wrong type or value: {_first_line(error)}") from error
-    except (AttributeError, TypeError, ValueError, ImportError, SyntaxError, KeyError) as error:
-        raise UserError(f"{path}: {type(error).__name__}: {_first_line(error)}") from error
+        raise UserError(f"wrong type or value: {_one_line(error)}") from error
+    except UserError:
+        raise
+    except Exception as error:  # a config file is a program of the user's: it may raise anything
+        raise UserError(f"{path}: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(cell, Cell):
         raise UserError(f"{path}: get_config must return a vlmscale.config.Cell, not {type(cell).__name__}")
     validate(cell)
@@ -180,8 +182,8 @@ def _check_override(word: str) -> None:
         raise UserError(f"unknown config key {key}; the nearest is {near[0]}")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else ""
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -209,7 +211,9 @@ def validate(cell: Cell) -> None:
     if cell.compressor.visual_tokens:
         check_count(cell.compressor.name, cell.compressor.visual_tokens, TOWERS[cell.tower.name].grid)
     if cell.data.source == "llava" and not cell.data.records:
-        raise UserError("data.source=llava needs --config.data.records=FILE.json (and --config.data.images=DIR)")
+        raise UserError(
+            "data.source=llava needs --config.data.records=FILE.json (and --config.data.images=DIR)"
+        )
     if cell.data.source == "scenes" and (cell.data.records or cell.data.images):
         raise UserError("data.records and data.images are read only with --config.data.source=llava")
     positive = (
@@ -222,11 +226,15 @@ def validate(cell: Cell) -> None:
         if not values[name] > 0:
             raise UserError(f"{name}={values[name]}: must be above 0")
     if not 0 <= cell.train.warmup_steps < cell.train.steps:
-        raise UserError(f"train.warmup_steps={cell.train.warmup_steps}: must be below train.steps={cell.train.steps}")
+        raise UserError(
+            f"train.warmup_steps={cell.train.warmup_steps}: must be below train.steps={cell.train.steps}"
+        )
     if cell.train.weight_decay < 0:
         raise UserError(f"train.weight_decay={cell.train.weight_decay}: must not be negative")
     if cell.data.vocab_size < 300:
-        raise UserError(f"data.vocab_size={cell.data.vocab_size}: at least 300 (256 bytes and special tokens)")
+        raise UserError(
+            f"data.vocab_size={cell.data.vocab_size}: at least 300 (256 bytes and special tokens)"
+        )
 
 
 def _one_of(key: str, value: str, known: Any) -> None:
@@ -242,8 +250,8 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> Cell:
     """The inverse of `to_dict`."""
-    kinds = {item.name: item.default_factory for item in dataclasses.fields(Cell)}
-    return Cell(**{name: kinds[name](**part) for name, part in values.items()})  # type: ignore[misc]
+    kinds = {item.name: type(getattr(Cell(), item.name)) for item in dataclasses.fields(Cell)}
+    return Cell(**{name: kinds[name](**part) for name, part in values.items()})
 
 
 def cell_id(cell: Cell) -> str:
@@ -279,10 +287,17 @@ def load_sweep(path: str, overrides: Sequence[str]) -> Sweep:
       UserError: file missing or faulty, no cells, or the same cell twice.
     """
     found = find_config(path)
-    scope = runpy.run_path(str(found))
-    if "get_sweep" not in scope:
-        raise UserError(f"{path}: a sweep file defines get_sweep(overrides)")
-    sweep = scope["get_sweep"](overrides)
+    try:
+        scope = runpy.run_path(str(found))
+        if "get_sweep" not in scope:
+            raise UserError(f"{path}: a sweep file defines get_sweep(overrides)")
+        sweep = scope["get_sweep"](overrides)
+    except UserError:
+        raise
+    except Exception as error:  # as in load_cell
+        raise UserError(f"{path}: {type(error).__name__}: {_one_line(error)}") from error
+    if not isinstance(sweep, Sweep):
+        raise UserError(f"{path}: get_sweep must return a vlmscale.config.Sweep, not {type(sweep).__name__}")
     ids = [cell_id(cell) for cell in sweep.cells]
     if not ids or len(set(ids)) < len(ids):
         raise UserError(f"{path}: has {len(ids)} cells, {len(set(ids))} of them distinct")

@@ -19,9 +19,12 @@ from vlmscale.errors import UserError
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: the module, the token counts it can give, the tower outputs it reads."""
+    """One row of the table: the module, the token counts it can give, the tower outputs it reads.
 
-    build: Callable[[int, int], nn.Module]
+    `build(visual_tokens, llm_width, **options)` makes the module; options are fields of its own.
+    """
+
+    build: Callable[..., nn.Module]
     counts: Callable[[int], list[int]]
     needs_levels: bool
 
@@ -32,8 +35,8 @@ def square_divisors(side: int) -> list[int]:
 
 
 COMPRESSORS: dict[str, Method] = {
-    "pool": Method(lambda v, d: Pool(v, d), square_divisors, needs_levels=False),
-    "tokenpacker": Method(lambda v, d: TokenPacker(v, d), square_divisors, needs_levels=True),
+    "pool": Method(Pool, square_divisors, needs_levels=False),
+    "tokenpacker": Method(TokenPacker, square_divisors, needs_levels=True),
 }
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import flax.struct
+from typing import NamedTuple
+
 import jax
 
 
-@flax.struct.dataclass
-class Features:
+class Features(NamedTuple):
     """Tower outputs of a batch of images.
 
     Attributes:

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlmscale.compressors.features import Features
 from vlmscale.attention import attend
+from vlmscale.compressors.features import Features
 
 _NORM_EPS = 1e-6  # the published code's, not torch's default
 

@@ -1,7 +1,7 @@
 """The built-in data set: drawn scenes with LLaVA-format conversations, in three task groups.
 
-`reasoning` is easy to see and hard to work out (counting, comparing, arithmetic on counts, relations,
-facts remembered about objects), `ocr` is easy to work out and hard to see (numbers of varied length,
+`reasoning` is easy to see and hard to work out (counting, comparing, facts remembered about objects,
+arithmetic on facts, conditions), `ocr` is easy to work out and hard to see (numbers of varied length,
 place and size), `perception` asks for attributes and positions. Everything follows from the seed; the
 splits are disjoint by construction, because the hash of a scene's content decides its split.
 """
@@ -29,9 +29,13 @@ BACKGROUNDS = {"black": (12, 12, 12), "gray": (84, 84, 84), "brown": (92, 56, 30
 _FRAME = (250, 250, 250)
 _INK = (255, 255, 255)
 
-# What an object is owned by, costs and comes from has to be remembered: no picture shows it.
-OWNERS = ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana")
-HOMES = ("Oslo", "Rome", "Cairo", "Lima", "Delhi", "Paris", "Seoul", "Quito")
+# What belongs to each kind of object (colour and shape) has to be remembered: no picture shows it.
+_FIGURES = ("1", "2", "3", "4", "5", "6", "7", "8")
+RELATIONS: dict[str, tuple[str, ...]] = {
+    "owner": ("Ada", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana"),
+    "home": ("Oslo", "Rome", "Cairo", "Lima", "Delhi", "Paris", "Seoul", "Quito"),
+    **dict.fromkeys(("price", "age", "weight", "rank", "speed", "score"), _FIGURES),
+}
 
 _FONT = {
     "0": "01110 10001 10011 10101 11001 10001 01110",
@@ -133,7 +137,9 @@ def draw(scene: Scene) -> np.ndarray:
     image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     image[:] = BACKGROUNDS[scene.background]
     for index, item in enumerate(scene.objects):
-        cell = image[item.row * _CELL : (item.row + 1) * _CELL, item.column * _CELL : (item.column + 1) * _CELL]
+        cell = image[
+            item.row * _CELL : (item.row + 1) * _CELL, item.column * _CELL : (item.column + 1) * _CELL
+        ]
         if index == scene.framed:
             cell[_FRAME_MASK] = _FRAME
         cell[_SHAPE_MASKS[item.shape]] = COLOURS[item.colour]
@@ -158,8 +164,11 @@ def caption(scene: Scene) -> str:
 def layout(scene: Scene) -> list[str]:
     """The picture transcribed place by place: a caption of fixed length for parallel prediction.
 
-    Background; colour, shape and frame of each of the 4 x 4 cells; the character at each of 8 x 8 places.
+    First the whole: background; colour, shape and corner of the framed object. Then colour, shape and frame
+    of each of the 4 x 4 cells, and the character at each of 8 x 8 places.
     """
+    framed_object = scene.objects[scene.framed]
+    whole = [scene.background, framed_object.colour, framed_object.shape, corner(framed_object)]
     cells = [["no colour", "no shape", "no frame"] for _ in range(16)]
     for index, item in enumerate(scene.objects):
         framed = index == scene.framed
@@ -171,7 +180,7 @@ def layout(scene: Scene) -> list[str]:
     for index, digit in enumerate(scene.number):
         start = (scene.number_x + 6 * scale * index) // place
         characters[rows, start : start + scale] = digit
-    return [scene.background, *itertools.chain.from_iterable(cells), *characters.ravel()]
+    return [*whole, *itertools.chain.from_iterable(cells), *characters.ravel()]
 
 
 def corner(item: Object) -> str:
@@ -179,9 +188,20 @@ def corner(item: Object) -> str:
     return ("top" if item.row < 2 else "bottom") + (" left" if item.column < 2 else " right")
 
 
-_PLAIN_WORDS = {*BACKGROUNDS, "no colour", "no shape", "no frame", "no digit", *"0123456789", *COLOURS, *SHAPES}
+_PLAIN_WORDS = {
+    *BACKGROUNDS,
+    "no colour",
+    "no shape",
+    "no frame",
+    "no digit",
+    *"0123456789",
+    *COLOURS,
+    *SHAPES,
+}
 _CORNERS = {f"{y} {x}" for y in ("top", "bottom") for x in ("left", "right")}
-LAYOUT_WORDS = tuple(sorted(_PLAIN_WORDS | {f"framed {word}" for word in {*COLOURS, *SHAPES, *_CORNERS}}))
+LAYOUT_WORDS = tuple(
+    sorted(_PLAIN_WORDS | _CORNERS | {f"framed {word}" for word in {*COLOURS, *SHAPES, *_CORNERS}})
+)
 
 
 def _shape_masks() -> dict[str, np.ndarray]:
@@ -205,8 +225,8 @@ def facts() -> dict[tuple[str, str], str]:
     Every answer of a relation belongs to the same number of kinds, so that guessing does not pay.
     """
     kinds = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    table = {}
-    for relation, answers in {"owner": OWNERS, "home": HOMES, "price": tuple("12345678")}.items():
+    table: dict[tuple[str, str], str] = {}
+    for relation, answers in RELATIONS.items():
         ranked = sorted(kinds, key=lambda kind: hashlib.sha256(f"{relation} of {kind}".encode()).digest())
         table |= {(relation, kind): answers[place % len(answers)] for place, kind in enumerate(ranked)}
     return table
@@ -236,30 +256,29 @@ def _compare(rng: np.random.Generator, scene: Scene) -> Question:
     return Question("compare", "reasoning", f"More {first} or {second}?", answer)
 
 
-def _arithmetic(rng: np.random.Generator, scene: Scene) -> Question:
-    first, second = (SHAPES[int(i)] for i in rng.permutation(4)[:2])
-    counts = [sum(o.shape == s for o in scene.objects) for s in (first, second)]
-    if rng.random() < 0.5:
-        asked = f"Twice {_plural(first)} plus {_plural(second)}?"
-        return Question("arithmetic", "reasoning", asked, str(2 * counts[0] + counts[1]))
-    asked = f"{_plural(first).capitalize()} plus {_plural(second)}?"
-    return Question("arithmetic", "reasoning", asked, str(sum(counts)))
-
-
-def _relation(rng: np.random.Generator, scene: Scene) -> Question:
+def _fact(scene: Scene, relation: str) -> str:
     framed = scene.objects[scene.framed]
-    if rng.random() < 0.5:
-        total, asked = sum(o.colour == framed.colour for o in scene.objects), "How many of the framed colour?"
-    else:
-        total, asked = sum(o.shape == framed.shape for o in scene.objects), "How many of the framed shape?"
-    return Question("relation", "reasoning", asked, str(total))
+    return _FACTS[relation, f"{framed.colour} {framed.shape}"]
 
 
 def _memory(rng: np.random.Generator, scene: Scene) -> Question:
+    relation = list(RELATIONS)[int(rng.integers(len(RELATIONS)))]
+    return Question("memory", "reasoning", f"Framed {relation}?", _fact(scene, relation))
+
+
+def _arithmetic(rng: np.random.Generator, scene: Scene) -> Question:
+    more = int(rng.integers(1, 5))
+    answer = str(int(_fact(scene, "price")) + more)
+    return Question("arithmetic", "reasoning", f"Framed price plus {more}?", answer)
+
+
+def _condition(rng: np.random.Generator, scene: Scene) -> Question:
     framed = scene.objects[scene.framed]
-    relation = ("owner", "home", "price")[int(rng.integers(3))]
-    fact = _FACTS[relation, f"{framed.colour} {framed.shape}"]
-    return Question("memory", "reasoning", f"Framed {relation}?", fact)
+    others = [colour for colour in COLOURS if colour != framed.colour]
+    colour = framed.colour if rng.random() < 0.5 else others[int(rng.integers(3))]
+    asked = f"If {colour} owner, else home?"
+    answer = _fact(scene, "owner" if colour == framed.colour else "home")
+    return Question("condition", "reasoning", asked, answer)
 
 
 def _read(rng: np.random.Generator, scene: Scene) -> Question:
@@ -298,9 +317,9 @@ TASKS: dict[str, dict[str, Callable[[np.random.Generator, Scene], Question]]] = 
     "reasoning": {
         "count": _count,
         "compare": _compare,
-        "arithmetic": _arithmetic,
-        "relation": _relation,
         "memory": _memory,
+        "arithmetic": _arithmetic,
+        "condition": _condition,
     },
     "ocr": {"read": _read, "first_digit": _first_digit, "last_digit": _last_digit},
     "perception": {"attribute": _attribute, "position": _position, "background": _background},
@@ -338,7 +357,9 @@ def blind_guess(train: list[list[Question]], test: list[list[Question]]) -> dict
     return {task: sum(hits) / len(hits) for task, hits in right.items()}
 
 
-def records(split: str, scenes: list[Scene], questions: list[list[Question]], chance: dict[str, float]) -> list[dict[str, Any]]:
+def records(
+    split: str, scenes: list[Scene], questions: list[list[Question]], chance: dict[str, float]
+) -> list[dict[str, Any]]:
     """LLaVA-format records: one conversation a picture in training, one a question elsewhere."""
     out: list[dict[str, Any]] = []
     for index, asked in enumerate(questions):
@@ -347,7 +368,11 @@ def records(split: str, scenes: list[Scene], questions: list[list[Question]], ch
             out.append({"id": name.removesuffix(".png"), "image": name, "conversations": _turns(asked)})
             continue
         for number, item in enumerate(asked):
-            record = {"id": f"{name.removesuffix('.png')}-{number}", "image": name, "conversations": _turns([item])}
+            record = {
+                "id": f"{name.removesuffix('.png')}-{number}",
+                "image": name,
+                "conversations": _turns([item]),
+            }
             labels = {"task": item.task, "task_group": item.task_group, "chance": chance.get(item.task, 0.0)}
             out.append(record | labels)
     return out

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from vlmscale.errors import UserError
+
 PAD, IMAGE, USER, ASSISTANT, END = "<|pad|>", "<|image|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL = (PAD, IMAGE, USER, ASSISTANT, END)
 
@@ -46,5 +48,12 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def special_id(tokenizer: Tokenizer, token: str) -> int:
-    """Id of one of the special tokens."""
-    return int(tokenizer.token_to_id(token))
+    """Id of one of the special tokens.
+
+    Raises:
+      UserError: a foreign tokenizer without it.
+    """
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        raise UserError(f"the tokenizer has no {token}; it was not made by vlmscale")
+    return number

@@ -8,11 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmscale.compressors import Features
 from vlmscale.data.conversation import Template, with_image
 from vlmscale.models.decoder import empty_cache
 from vlmscale.models.vlm import VLM
-from vlmscale.train.step import Params
+from vlmscale.train.step import Params, features_of
 
 Generate = Callable[[Params, dict[str, jax.Array]], jax.Array]
 
@@ -29,7 +28,6 @@ def make_generate(model: VLM, max_new_tokens: int, end_id: int) -> Generate:
     def generate(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
         rows, length = batch["tokens"].shape
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-        features = Features(batch["selected"], batch.get("levels")) if "selected" in batch else None
         cache = empty_cache(model.decoder_size, rows, length + max_new_tokens, model.dtype)
         logits, cache = model.apply(
             {"params": params},
@@ -37,7 +35,7 @@ def make_generate(model: VLM, max_new_tokens: int, end_id: int) -> Generate:
             batch["image_slots"],
             positions,
             batch["valid"],
-            features,
+            features_of(batch),
             cache,
             method="prefill",
         )
@@ -52,7 +50,12 @@ def make_generate(model: VLM, max_new_tokens: int, end_id: int) -> Generate:
         def one_more(carry: tuple) -> tuple:
             index, token, answers, cache = carry
             logits, cache = model.apply(
-                {"params": params}, token, prompt_length + index - 1, cache, length + index - 1, method="decode"
+                {"params": params},
+                token,
+                prompt_length + index - 1,
+                cache,
+                length + index - 1,
+                method="decode",
             )
             token = jnp.where(token == end_id, end_id, jnp.argmax(logits, axis=-1))
             return index + 1, token, answers.at[:, index].set(token), cache

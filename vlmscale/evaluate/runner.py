@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlmscale import __version__
@@ -82,7 +83,7 @@ def abstract_params(cell: Cell, vocab_size: int) -> Any:
     model = build_model(cell, vocab_size)
     tower, slots = TOWERS[cell.tower.name], cell.compressor.visual_tokens
     ids = jax.ShapeDtypeStruct((1, slots + 8), np.int32)
-    batch: dict[str, Any] = {name: ids for name in ("tokens", "positions", "segment_ids", "target_positions")}
+    batch: dict[str, Any] = dict.fromkeys(("tokens", "positions", "segment_ids", "target_positions"), ids)
     batch["image_slots"] = jax.ShapeDtypeStruct(ids.shape, bool)
     if slots:
         batch["selected"] = jax.ShapeDtypeStruct((1, tower.num_patches, tower.width), np.float32)
@@ -118,7 +119,7 @@ def answer_items(run: LoadedRun, items: list[Item], split: str, progress: Progre
     for start in range(0, len(items), size):
         rows = list(range(start, min(start + size, len(items))))
         rows += [rows[0]] * (size - len(rows))
-        batch = prompt_batch(
+        batch: dict[str, Any] = prompt_batch(
             [prompts[i] for i in rows],
             [items[i].image >= 0 for i in rows],
             template,
@@ -170,9 +171,7 @@ def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> lis
     return rows
 
 
-def _row(
-    run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], sample_flops: float
-) -> ResultRow:
+def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], sample_flops: float) -> ResultRow:
     cell, template = run.cell, run.prepared.template
     llm, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
     vocab, visual_tokens = run.prepared.tokenizer.get_vocab_size(), cell.compressor.visual_tokens
@@ -203,7 +202,9 @@ def _row(
         query_pass_flops=0,
         reducer=None,
         tokens_per_layer=text + visual_tokens,
-        kv_bytes=round(2 * 4 * llm.num_layers * llm.num_kv_heads * llm.head_dim * (text + visual_tokens + generated)),
+        kv_bytes=round(
+            2 * 4 * llm.num_layers * llm.num_kv_heads * llm.head_dim * (text + visual_tokens + generated)
+        ),
         visual_tokens=visual_tokens,
         text_tokens_mean=text,
         gen_tokens_mean=generated,
@@ -269,7 +270,7 @@ def answer_one(run: LoadedRun, image: Path | None, prompt: str) -> str:
                 raise UserError(f"{image}: {error}") from error
         weights = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name)
         levels = COMPRESSORS[cell.compressor.name].needs_levels
-        batch |= encode_images(cell.tower.name, weights, pixels, levels)
+        batch |= encode_images(cell.tower.name, weights, jnp.asarray(pixels), levels)
     model = build_model(cell, run.prepared.tokenizer.get_vocab_size())
     answer = make_generate(model, cell.evaluate.max_new_tokens, template.end)(run.params, batch)
     return template.decode(np.asarray(answer)[0].tolist())

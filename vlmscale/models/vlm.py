@@ -88,7 +88,7 @@ class VLM(nn.Module):
     def decode(
         self, token: jax.Array, position: jax.Array, cache: KVCache, slot: jax.Array
     ) -> tuple[jax.Array, KVCache]:
-        """One more token a row: ids [B] at positions [B] into cache slot `slot`; float32 logits [B, vocab]."""
+        """One more token a row: ids [B] at positions [B] into cache slot `slot`; logits [B, vocab]."""
         valid = jnp.ones((token.shape[0], 1), bool)
         hidden, cache = self.decoder.extend(
             self.decoder.embed(token[:, None]), position[:, None], valid, cache, slot

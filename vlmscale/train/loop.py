@@ -89,7 +89,9 @@ def open_run(cell: Cell, run: Path, data: Path, sweep: str) -> None:
     if spec.exists():
         known = read_json(spec)["cell_id"]
         if known != identity:
-            raise UserError(f"{run}: holds cell {known}, this config is cell {identity}; choose another --out")
+            raise UserError(
+                f"{run}: holds cell {known}, this config is cell {identity}; choose another --out"
+            )
         return
     where = os.path.relpath(data.resolve(), run.resolve())
     write_json(spec, {"cell_id": identity, "sweep": sweep, "data": where, "config": to_dict(cell)})
@@ -208,7 +210,9 @@ def _loop(run: Run, state: TrainState, step: int, stream: Iterator[Batch]) -> Tr
             run.checkpoints.save(step, state)
         if run.signals.received and not last:
             run.checkpoints.wait()
-            raise PreemptedError(f"stopped by signal {run.signals.received} at step {step}; saved, run again to go on")
+            raise PreemptedError(
+                f"stopped by signal {run.signals.received} at step {step}; saved, run again to go on"
+            )
     return state
 
 
@@ -224,7 +228,9 @@ def _write_metrics(
     for number, values in waiting:
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
         if not math.isfinite(numbers["loss"]):
-            raise FloatingPointError(f"the loss is {numbers['loss']} at step {number}; lower train.learning_rate")
+            raise FloatingPointError(
+                f"the loss is {numbers['loss']} at step {number}; lower train.learning_rate"
+            )
         loss = numbers["loss"]
         if run.heldout is not None and number == step and with_heldout:
             numbers["heldout_loss"] = run.heldout(state.params)

@@ -94,7 +94,9 @@ def load_tower(path: Path, name: str) -> dict[str, Any]:
     return params
 
 
-def encode_images(name: str, params: dict[str, Any], pixels: jax.Array, with_levels: bool) -> dict[str, jax.Array]:
+def encode_images(
+    name: str, params: dict[str, Any], pixels: jax.Array, with_levels: bool
+) -> dict[str, jax.Array]:
     """Tower outputs of a batch of pixels [B, S, S, 3]: "selected" and, if asked, "levels"."""
     size = TOWERS[name]
     wanted = {size.select_layer} | (set(size.levels) if with_levels else set())
@@ -125,7 +127,9 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
     first = cells[0]
     if any((cell.data, cell.tower) != (first.data, first.tower) for cell in cells):
         raise UserError("the cells of a sweep must share `data` and `tower`")
-    with_levels = any(c.compressor.visual_tokens and COMPRESSORS[c.compressor.name].needs_levels for c in cells)
+    with_levels = any(
+        c.compressor.visual_tokens and COMPRESSORS[c.compressor.name].needs_levels for c in cells
+    )
     weights = tower_path(first)
     key = _key(first, weights, with_levels)
     manifest_path = out / "manifest.json"
@@ -140,7 +144,10 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
     parts = {name: split for name, split in named.items() if split is not None}
     tokenizer = train_tokenizer(texts(splits.train.records), first.data.vocab_size)
     tokenizer.save(str(out / "tokenizer.json"))
-    cut = {name: _fit(split, Template(tokenizer), first.data.max_text_tokens, splits) for name, split in parts.items()}
+    cut = {
+        name: _fit(split, Template(tokenizer), first.data.max_text_tokens, splits)
+        for name, split in parts.items()
+    }
     if not splits.train.records:
         reasons = "; ".join(f"{item.id}: {item.reason}" for item in splits.quarantined[:5])
         raise UserError(f"{first.data.records}: no usable record is left ({reasons})")
@@ -187,7 +194,9 @@ def _fit(split: Split, template: Template, max_text_tokens: int, splits: Splits)
         fitted = fit_context(record, template, max_text_tokens)
         if fitted is None:
             length = len(template.conversation(record.turns[:1])[0])
-            reason = f"too long: the first turn has {length} tokens, data.max_text_tokens is {max_text_tokens}"
+            reason = (
+                f"too long: the first turn has {length} tokens, data.max_text_tokens is {max_text_tokens}"
+            )
             splits.quarantined.append(Quarantined(index, record.id, reason))
             continue
         shortened += len(fitted.turns) < len(record.turns)

@@ -64,7 +64,10 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
             b1=0.9,
             b2=0.98,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+            # By name, because the scan over layers stacks norm scales into matrices.
+            mask=lambda params: jax.tree_util.tree_map_with_path(
+                lambda path, _: path[-1].key not in ("scale", "bias"), params
+            ),
         ),
     )
 

@@ -25,13 +25,14 @@ from vlmscale.models.vision import TOWERS, AttentionPool, TowerSize, VisionTower
 from vlmscale.weights import tree
 
 NAME = "scenes-48"
+Losses = dict[str, jax.Array]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """How the shipped tower was trained."""
 
-    steps: int = 3000
+    steps: int = 1000
     batch_size: int = 64
     learning_rate: float = 3e-3
     warmup_steps: int = 100
@@ -42,7 +43,7 @@ class Recipe:
 
 
 class Captioner(nn.Module):
-    """Captions of regions: each word is predicted from the patches of the place that it speaks of.
+    """Captions of the whole, read off the mean patch, and of places, each read off the patches there.
 
     As in LocCa (arXiv 2403.19596), which SigLIP 2 builds on, captions are tied to places, and all words
     are predicted in parallel.
@@ -62,9 +63,10 @@ class Captioner(nn.Module):
         region = region.reshape(rows, cells * cells, step * step * width)
         # Plain linear heads: what a word needs, combinations such as "framed red" included, has to be in the
         # patches themselves, where it survives pooling.
+        whole = nn.Dense(4 * self.vocabulary, name="whole")(x.mean(1))
         objects = nn.Dense(3 * self.vocabulary, name="objects")(region)
         parts = [
-            nn.Dense(self.vocabulary, name="background")(x.mean(1))[:, None],
+            whole.reshape(rows, 4, self.vocabulary),
             objects.reshape(rows, cells * cells * 3, self.vocabulary),
             nn.Dense(self.vocabulary, name="characters")(x),
         ]
@@ -129,6 +131,20 @@ def _data(recipe: Recipe) -> tuple[dict[str, np.ndarray], int]:
     return data, tokenizer.get_vocab_size()
 
 
+def _centre(params: Any, size: TowerSize, pixels: np.ndarray) -> Any:
+    """Take the mean patch off the last hidden state, by the last bias.
+
+    Most of what patches have in common says nothing about the picture; left in, it drowns what a mean over
+    many patches still tells.
+    """
+    layer = size.num_layers
+    mean = VisionTower(size).apply({"params": params}, pixels, (layer,))[layer].mean((0, 1))
+    last = dict(params[f"block_{layer - 1}"])
+    down = dict(last["mlp"]["down"])
+    last["mlp"] = dict(last["mlp"]) | {"down": down | {"bias": down["bias"] - mean}}
+    return dict(params) | {f"block_{layer - 1}": last}
+
+
 def train_tower(out: Path, steps: int | None, progress: Callable[[int, int, str], None]) -> dict[str, float]:
     """Train the tower of the demo and write it to `out`.
 
@@ -151,8 +167,10 @@ def train_tower(out: Path, steps: int | None, progress: Callable[[int, int, str]
     )
 
     @jax.jit
-    def step(state: tuple[Any, Any], batch: dict[str, jax.Array]) -> tuple[tuple[Any, Any], dict[str, jax.Array]]:
-        def loss(params: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def step(
+        state: tuple[Any, Any], batch: dict[str, jax.Array]
+    ) -> tuple[tuple[Any, Any], dict[str, jax.Array]]:
+        def loss(params: Any) -> tuple[jax.Array, Losses]:
             losses = trainer.apply({"params": params}, batch)
             return losses["caption"] + recipe.contrastive_weight * losses["contrastive"], losses
 
@@ -165,7 +183,9 @@ def train_tower(out: Path, steps: int | None, progress: Callable[[int, int, str]
     def batch() -> dict[str, np.ndarray]:
         rows = rng.integers(0, recipe.pictures, recipe.batch_size)
         chosen = {name: data[name][rows] for name in ("text", "text_length", "layout")}
-        pixels = [preprocess(data["images"][row], size.image_size, size.mean, size.std, "resize") for row in rows]
+        pixels = [
+            preprocess(data["images"][row], size.image_size, size.mean, size.std, "resize") for row in rows
+        ]
         return chosen | {"pixels": np.stack(pixels)}
 
     params = jax.jit(lambda b: trainer.init(jax.random.key(recipe.seed), b)["params"])(batch())
@@ -175,5 +195,6 @@ def train_tower(out: Path, steps: int | None, progress: Callable[[int, int, str]
         if index % 50 == 49 or index + 1 == recipe.steps:
             text = ", ".join(f"{name} {float(value):.3f}" for name, value in losses.items())
             progress(index + 1, recipe.steps, text)
-    tree.save(out, state[0]["tower"], {"name": NAME})
+    centred = _centre(state[0]["tower"], size, batch()["pixels"])
+    tree.save(out, centred, {"name": NAME})
     return {name: float(value) for name, value in losses.items()}

@@ -20,7 +20,9 @@ Tree = Mapping[str, Any]
 
 def flatten(params: Tree) -> dict[str, np.ndarray]:
     """Parameters by path, such as `decoder/layers/q/kernel`, on the host."""
-    return {path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten_dict(dict(params), sep="/").items()}
+    return {
+        path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten_dict(dict(params), sep="/").items()
+    }
 
 
 def save(path: Path, params: Tree, metadata: dict[str, str]) -> None:
