@@ -288,13 +288,17 @@ def _token_count(value: object, where: str) -> float:
     return number
 
 
+_ORDER = {"reasoning": 0, "ocr": 1}
+
+
 def _tables(rows: list[Row], source: str) -> tuple[Table, ...]:
     _check_names(rows)
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         groups[row.group].append(row)
     tables = []
-    for group, members in groups.items():
+    # The paper's two groups first, so that each stands beside its published counterpart.
+    for group, members in sorted(groups.items(), key=lambda item: _ORDER.get(item[0], len(_ORDER))):
         split = _split_fields(members)
         kinds: dict[tuple[str, ...], list[Row]] = defaultdict(list)
         for row in members:

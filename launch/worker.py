@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 a user's mistake, 42 saved and to be run again, anything e
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -14,7 +15,7 @@ import time
 import traceback
 from pathlib import Path
 
-from vlmscale.errors import UserError
+from vlmscale.errors import UserError, disk_fault
 from vlmscale.records import Status
 
 EXIT_USER, EXIT_AGAIN = 2, 42
@@ -40,6 +41,13 @@ def main() -> int:
             if type(error).__name__ == "PreemptedError":
                 print(error, file=sys.stderr)
                 return EXIT_AGAIN
+            fault = disk_fault(error)
+            if fault is not None:
+                line = f"{fault.filename or run}: {fault.strerror}"
+                print(line, file=sys.stderr)
+                with contextlib.suppress(OSError):
+                    status.update(state="failed", last_error=line)
+                return EXIT_USER
             status.update(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
             traceback.print_exc()
             return 1

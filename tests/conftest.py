@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
 
 import jax
+import numpy as np
+import pytest
 from hypothesis import settings
 
 # Through jax's own config, not the environment, so that programs started by a test see the machine as it is.
@@ -17,3 +21,24 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 settings.register_profile("vlmscale", deadline=None, derandomize=True, database=None)
 settings.load_profile("vlmscale")
+
+
+@pytest.fixture(scope="session")
+def random_params() -> Callable[..., Any]:
+    """Parameters of a Linen module without compiling its init: `random_params(module, *inputs)["params"]`.
+
+    Biases and norm scales are random too; at 0 and 1, where they start, a missing one would not show.
+    """
+
+    def make(module: Any, *inputs: Any) -> Any:
+        shapes = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x), *inputs)
+        rng = np.random.default_rng(0)
+
+        def draw(path: Any, leaf: Any) -> jax.Array:
+            around = 1.0 if path[-1].key == "scale" else 0.0
+            spread = leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 0.3
+            return jax.numpy.asarray(around + spread * rng.standard_normal(leaf.shape), leaf.dtype)
+
+        return jax.tree_util.tree_map_with_path(draw, shapes)
+
+    return make

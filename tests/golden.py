@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax.errors import FlaxError
 
 from vlmscale.compressors import COMPRESSORS, Features
 
@@ -67,7 +69,7 @@ def tokenpacker(arrays: Arrays) -> jax.Array:
         params[f"attention_{letter}"] = part
     llm_width = params["down"]["kernel"].shape[1]
     module = COMPRESSORS["tokenpacker"].build((side // scale) ** 2, llm_width, num_heads=num_heads)
-    features = Features(arrays["features"], arrays["features_multi"])
+    features = Features(jnp.asarray(arrays["features"]), jnp.asarray(arrays["features_multi"]))
     run = jax.jit(lambda params, features: module.apply({"params": params}, features, None))
     tokens, _ = run(params, features)
     return tokens
@@ -94,8 +96,9 @@ def compare(path: Path) -> float:
         with jax.default_matmul_precision("highest"):
             ours = np.asarray(KINDS[kind](arrays), np.float64)
         wanted = arrays["output"].astype(np.float64)
-    except KeyError as error:
-        raise GoldenError(f"has no array {error}") from error
+    except (KeyError, TypeError, ValueError, FlaxError) as error:
+        said = str(error).partition("\n")[0]
+        raise GoldenError(f"does not fit its kind ({type(error).__name__}: {said})") from error
     if ours.shape != wanted.shape:
         raise GoldenError(f"our output is {list(ours.shape)}, the file's {list(wanted.shape)}")
     return float(np.max(np.abs(ours - wanted)))

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from vlmscale import __version__
-from vlmscale.errors import UserError
+from vlmscale.errors import UserError, disk_fault
 
 EXIT_USER, EXIT_AGAIN = 2, 42
 Command = Callable[[argparse.Namespace, list[str]], int]
@@ -41,6 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; run again to go on", file=sys.stderr)
         return 130
+    except Exception as error:
+        fault = disk_fault(error)
+        if fault is None:
+            raise
+        where = fault.filename or getattr(arguments, "out", None) or getattr(arguments, "run_dir", "disk")
+        print(f"vlmscale {arguments.command}: {where}: {fault.strerror}", file=sys.stderr)
+        return EXIT_USER
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -171,6 +178,8 @@ def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.config import load_sweep
     from vlmscale.records import Status
 
+    if arguments.workers is not None and arguments.workers < 1:
+        raise UserError(f"--workers={arguments.workers}: must be above 0")
     sweep = load_sweep(arguments.sweep, overrides)
     cells = open_sweep(sweep, arguments.out)
     results = arguments.out / "results.jsonl"
@@ -186,7 +195,7 @@ def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         open_run(cell.cell, cell.path, prepared.path, sweep.name)
     failed, stopped = run_cells(cells, arguments.workers)
     for cell in failed:
-        reason = Status(cell.path).read()["last_error"]
+        reason = Status(cell.path).read()["last_error"] or "it ended without a word"
         print(f"{cell.label} ({cell.id}) failed: {reason} (see {cell.path / 'log.txt'})", file=sys.stderr)
     if stopped:
         print("stopped; every cell is saved, run again to go on", file=sys.stderr)
@@ -261,7 +270,8 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     bar = _progress()
     tasks = arguments.tasks.split(",") if arguments.tasks else None
     rows = evaluate(load_run(arguments.run_dir), tasks, lambda done, total: bar("answering", done, total))
-    Status(arguments.run_dir).update(state="done")
+    if tasks is None:
+        Status(arguments.run_dir).update(state="done")
     if arguments.json:
         print(
             json.dumps({"run": str(arguments.run_dir), "rows": [json.loads(row.to_json()) for row in rows]})
@@ -300,6 +310,10 @@ def _tower(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.records import make_directory
     from vlmscale.train.tower import train_tower
 
+    if arguments.out.is_dir():
+        raise UserError(f"--out {arguments.out}: is a directory; name the file to write")
+    if arguments.steps is not None and arguments.steps < 1:
+        raise UserError(f"--steps={arguments.steps}: must be above 0")
     make_directory(arguments.out.parent)
     bar = _progress()
     train_tower(arguments.out, arguments.steps, lambda step, steps, text: bar(text, step, steps))

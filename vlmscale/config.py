@@ -86,7 +86,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = field(default=1, metadata=_BYSTANDER)
     heldout_every: int = field(default=500, metadata=_BYSTANDER)
-    checkpoint_every: int = field(default=250, metadata=_BYSTANDER)
+    checkpoint_every: int = field(default=100, metadata=_BYSTANDER)
 
 
 @dataclass
@@ -142,7 +142,9 @@ def load_cell(spec: str, overrides: Sequence[str]) -> Cell:
         values(argv)
         cell = values["config"].value
     except flags.IllegalFlagValueError as error:
-        raise UserError(f"wrong type or value: {_one_line(error)}") from error
+        lines = str(error).strip().splitlines()  # from get_config: a whole traceback, the reason last
+        where = "wrong type or value" if len(lines) == 1 else path
+        raise UserError(f"{where}: {lines[-1].strip()}") from error
     except UserError:
         raise
     except Exception as error:  # a config file is a program of the user's: it may raise anything
@@ -262,13 +264,23 @@ def cell_id(cell: Cell) -> str:
     Raises:
       UserError: a named file cannot be read.
     """
-    identity = {}
-    for name, value, metadata in leaves(cell):
-        if metadata.get("changes_result", True):
-            identity[name] = _content(name, value) if metadata.get("content") else value
+    parts = identity(cell)
     if not cell.compressor.visual_tokens:
-        del identity["compressor.name"]  # a blind model has no compressor
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        del parts["compressor.name"]  # a blind model has no compressor
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """Every field that changes a result, by dotted name; a file stands for its content.
+
+    Raises:
+      UserError: a named file cannot be read.
+    """
+    return {
+        name: _content(name, value) if metadata.get("content") else value
+        for name, value, metadata in leaves(config)
+        if metadata.get("changes_result", True)
+    }
 
 
 def _content(name: str, value: str) -> str:

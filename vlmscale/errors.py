@@ -1,4 +1,7 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and the faults of a disk that read like one."""
+
+import errno
+import os
 
 
 class UserError(Exception):
@@ -6,3 +9,24 @@ class UserError(Exception):
 
     The command line prints the line and exits with 2; such a failure is never worth a retry.
     """
+
+
+_REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ENAMETOOLONG")
+_NUMBERS = {getattr(errno, name) for name in _REFUSALS if hasattr(errno, name)}
+_FULL = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+
+
+def disk_fault(error: BaseException) -> OSError | None:
+    """What the disk refused for good (full, read-only, no rights, a file for a folder), or None.
+
+    Libraries that write from C++ or Rust raise types of their own, which a full disk is told by the text of.
+    """
+    link: BaseException | None = error
+    while link is not None:
+        if isinstance(link, OSError) and link.errno in _NUMBERS:
+            return link
+        for text in _FULL:
+            if text.lower() in str(link).lower():
+                return OSError(errno.ENOSPC, text)
+        link = link.__cause__ or link.__context__
+    return None

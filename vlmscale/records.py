@@ -77,16 +77,21 @@ class ResultRow:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON by atomic rename, so that a reader or a crash never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    _write(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_lines(path: Path, lines: list[str]) -> None:
     """Write a .jsonl file by atomic rename."""
+    _write(path, "".join(line + "\n" for line in lines))
+
+
+def _write(path: Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)  # still there only when the disk was full
 
 
 def read_json(path: Path) -> Any:
@@ -117,8 +122,10 @@ def make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".probe.{os.getpid()}"
-        probe.write_text("x")
-        probe.unlink()
+        try:
+            probe.write_text("x")
+        finally:
+            probe.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"output directory {path}: {error.strerror or error}") from error
 
@@ -169,9 +176,11 @@ class Metrics:
         os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Flush and close."""
-        self.flush()
-        self.file.close()
+        """Flush and close; closed even when the disk is full."""
+        try:
+            self.flush()
+        finally:
+            self.file.close()
 
 
 def now() -> str:

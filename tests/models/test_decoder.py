@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from vlmscale.evaluate.generation import make_generate
-from vlmscale.models.decoder import Decoder, DecoderSize, empty_cache
+from vlmscale.models.decoder import Decoder, DecoderSize, RMSNorm, empty_cache
 from vlmscale.models.vlm import VLM
 
 VOCAB = 61
@@ -59,17 +60,22 @@ def params_of(model: LlamaForCausalLM) -> dict[str, Any]:
     layers: dict[str, Any] = {ours: {"kernel": stack(name)} for ours, name in theirs.items()}
     layers["attention_norm"] = {"scale": stack("input_layernorm")}
     layers["mlp_norm"] = {"scale": stack("post_attention_layernorm")}
-    return {
-        "embedding": state["model.embed_tokens.weight"],
-        "layers": layers,
-        "final_norm": {"scale": state["model.norm.weight"]},
-    }
+    final_norm = {"scale": state["model.norm.weight"]}
+    params = {"embedding": state["model.embed_tokens.weight"], "layers": layers, "final_norm": final_norm}
+    return jax.tree.map(jnp.asarray, params)
 
 
-def hidden_of(size: DecoderSize, params: Any, tokens: Any, positions: Any, segment_ids: Any) -> np.ndarray:
+@functools.cache
+def forward(size: DecoderSize) -> Any:
+    """Tokens to final hidden states and logits, compiled once a shape."""
     decoder = Decoder(size, VOCAB)
-    embeddings = decoder.apply({"params": params}, jnp.asarray(tokens), method="embed")
-    return np.asarray(jax.jit(decoder.apply)({"params": params}, embeddings, positions, segment_ids))
+
+    def run(params: Any, tokens: Any, positions: Any, segment_ids: Any) -> tuple[jax.Array, jax.Array]:
+        embeddings = decoder.apply({"params": params}, tokens, method="embed")
+        hidden = decoder.apply({"params": params}, embeddings, positions, segment_ids)
+        return hidden, decoder.apply({"params": params}, hidden, method="logits")
+
+    return jax.jit(run)
 
 
 def theirs(model: LlamaForCausalLM, tokens: np.ndarray, positions: np.ndarray) -> tuple[Any, Any]:
@@ -103,16 +109,15 @@ def test_hidden_states_and_logits_are_those_of_llama(size: DecoderSize, tokens: 
     params = params_of(model)
     for positions in POSITIONS.values():
         hidden, logits = theirs(model, tokens, positions)
-        ours = hidden_of(size, params, tokens, positions, np.ones_like(tokens))
+        ours, our_logits = forward(size)(params, tokens, positions, np.ones_like(tokens))
         np.testing.assert_allclose(ours, hidden, atol=1e-5, rtol=0)
-        our_logits = Decoder(size, VOCAB).apply({"params": params}, ours, method="logits")
         np.testing.assert_allclose(our_logits, logits, atol=1e-4, rtol=0)
 
 
 def test_uneven_positions_matter(tokens: np.ndarray) -> None:
     params = params_of(llama(GROUPED))
     plain, shifted, uneven = (
-        hidden_of(GROUPED, params, tokens, positions, np.ones_like(tokens))
+        np.asarray(forward(GROUPED)(params, tokens, positions, np.ones_like(tokens))[0])
         for positions in POSITIONS.values()
     )
     np.testing.assert_allclose(shifted, plain, atol=2e-5)
@@ -129,7 +134,10 @@ def test_packed_segments_are_separate_rows(tokens: np.ndarray) -> None:
         segment_ids[0, place], positions[0, place] = number + 1, np.arange(length)
         packed[0, place] = tokens[number, :length]
         start += length
-    ours = hidden_of(GROUPED, params_of(model), packed, positions, segment_ids)
+    # In a batch as large as the other tests', so that nothing is compiled anew.
+    rows = (np.repeat(x, 3, 0) for x in (packed, positions, segment_ids))
+    ours, _ = forward(GROUPED)(params_of(model), *rows)
+    ours = np.asarray(ours)
     assert np.isfinite(ours).all()
     start = 0
     for number, length in enumerate(lengths):
@@ -213,15 +221,29 @@ def test_greedy_generation_is_that_of_transformers() -> None:
     np.testing.assert_array_equal(answers, reference(end))
 
 
-def test_bfloat16_keeps_norms_logits_and_angles_in_float32(tokens: np.ndarray) -> None:
+def test_bfloat16_keeps_logits_and_angles_in_float32(tokens: np.ndarray) -> None:
     params = params_of(llama(GROUPED))
-    decoder = Decoder(GROUPED, VOCAB, jnp.bfloat16)
-    embeddings = decoder.apply({"params": params}, tokens, method="embed")
-    ones = np.ones_like(tokens)
+    decoder, ones = Decoder(GROUPED, VOCAB, jnp.bfloat16), np.ones_like(tokens)
     far = POSITIONS["uneven"] + 1000  # bfloat16 cannot tell such positions apart
-    hidden = jax.jit(decoder.apply)({"params": params}, embeddings, far, ones)
+
+    @jax.jit
+    def run(tokens: Any) -> tuple[jax.Array, jax.Array]:
+        embeddings = decoder.apply({"params": params}, tokens, method="embed")
+        hidden = decoder.apply({"params": params}, embeddings, far, ones)
+        return hidden, decoder.apply({"params": params}, hidden, method="logits")
+
+    hidden, logits = run(tokens)
     assert hidden.dtype == jnp.bfloat16
-    logits = decoder.apply({"params": params}, hidden, method="logits")
     assert logits.dtype == jnp.float32
-    exact = hidden_of(GROUPED, params, tokens, far, ones)
-    assert np.abs(np.asarray(hidden, np.float32) - exact).mean() < 0.02
+    exact, _ = forward(GROUPED)(params, tokens, far, ones)
+    assert np.abs(np.asarray(hidden, np.float32) - np.asarray(exact)).mean() < 0.02
+
+
+def test_norm_is_float32_inside() -> None:
+    x = np.random.default_rng(0).standard_normal((1, 4, 64)).astype(jnp.bfloat16)
+    scale = np.linspace(0.9, 1.1, 64, dtype=np.float32)
+    ours = RMSNorm(1e-3).apply({"params": {"scale": scale}}, jnp.asarray(x))
+    wide = x.astype(np.float32)
+    wanted = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3) * scale
+    assert ours.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(ours), wanted.astype(jnp.bfloat16))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +19,10 @@ ROWS, LENGTH, VISUAL, WIDTH = 3, 9, 4, 5
 run = jax.jit(splice)
 
 
-@given(st.lists(st.sets(st.integers(0, LENGTH - 1), min_size=VISUAL, max_size=VISUAL) | st.just(set()),
-                min_size=ROWS, max_size=ROWS))  # fmt: skip
+places = st.sets(st.integers(0, LENGTH - 1), min_size=VISUAL, max_size=VISUAL)
+
+
+@given(st.lists(places | st.just(set()), min_size=ROWS, max_size=ROWS))
 def test_slots_take_visual_tokens_in_order_and_nothing_else_changes(slots: list[set[int]]) -> None:
     text = np.arange(ROWS * LENGTH * WIDTH, dtype=np.float32).reshape(ROWS, LENGTH, WIDTH)
     visual = -1 - np.arange(ROWS * VISUAL * WIDTH, dtype=np.float32).reshape(ROWS, VISUAL, WIDTH)
@@ -43,7 +48,9 @@ def test_visual_tokens_take_the_dtype_of_the_text() -> None:
     assert splice(text, visual, jnp.ones((1, LENGTH), bool)).dtype == jnp.bfloat16
 
 
-def test_blind_model_has_no_compressor_and_any_id_may_fill_a_slot() -> None:
+def test_blind_model_has_no_compressor_and_any_id_may_fill_a_slot(
+    random_params: Callable[..., Any],
+) -> None:
     size = DecoderSize(width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=8)
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 11, (2, 7))
@@ -53,20 +60,19 @@ def test_blind_model_has_no_compressor_and_any_id_may_fill_a_slot() -> None:
     targets = np.array([[4, 6], [0, 6]])
     features = Features(jnp.asarray(rng.standard_normal((2, 16, 6)), jnp.float32))
     model = VLM(size, 11, "pool", 4)
-    params = model.init(jax.random.key(0), tokens, image_slots, *rest, features, targets)
-    logits = model.apply(params, tokens, image_slots, *rest, features, targets)
+    params = random_params(model, tokens, image_slots, *rest, features, targets)
+    apply = jax.jit(model.apply)
+    logits = apply(params, tokens, image_slots, *rest, features, targets)
     assert logits.shape == (2, 2, 11)
     other = np.where(image_slots, (tokens + 3) % 11, tokens)
-    np.testing.assert_array_equal(
-        model.apply(params, other, image_slots, *rest, features, targets), logits
-    )
-    changed = features.replace(selected=features.selected + 1)
-    moved = np.abs(model.apply(params, tokens, image_slots, *rest, changed, targets) - logits).max((1, 2))
+    np.testing.assert_array_equal(apply(params, other, image_slots, *rest, features, targets), logits)
+    changed = Features(features.selected + 1)
+    moved = np.abs(apply(params, tokens, image_slots, *rest, changed, targets) - logits).max((1, 2))
     assert moved[0] > 1e-4
     assert moved[1] == 0
     blind = VLM(size, 11, "pool", 0)
     blind_params = {"params": {"decoder": params["params"]["decoder"]}}
-    alone = blind.apply(blind_params, tokens, image_slots, *rest, None, targets)
+    alone = jax.jit(blind.apply)(blind_params, tokens, image_slots, *rest, None, targets)
     np.testing.assert_allclose(alone[1], logits[1], atol=1e-6)
     shapes = jax.eval_shape(lambda: blind.init(jax.random.key(0), tokens, image_slots, *rest, None, targets))
     assert set(shapes["params"]) == {"decoder"}

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from vlmscale.errors import UserError
 PLACEHOLDER = "<image>"
 _ROLES = ("human", "gpt")
 _MAX_THREADS = 8
+_TASK = re.compile(r"(?!\.)[\w .-]{0,60}")
 
 
 @dataclass(frozen=True)
@@ -216,6 +218,8 @@ def _parse(item: Any, index: int) -> tuple[Record, str | None]:
     for key, value in texts.items():
         if not isinstance(value, str):
             raise _RefusedError(f"bad {key}: it is {_kind(value)}, not text")
+    if not _TASK.fullmatch(texts["task"]):  # a file of answers is named after it
+        raise _RefusedError(f"bad task: {_quote(texts['task'])}; use up to 60 letters, digits, spaces, . _ -")
     record = Record(_id_text(item, index), None, _turns(messages), **texts, chance=float(chance))
     _check_unicode([record.id, *texts.values(), *(text for _, text in messages)])
     return record, name

@@ -103,7 +103,7 @@ def sample_scene(rng: np.random.Generator, split: str) -> Scene:
 
 def _sample_any(rng: np.random.Generator) -> Scene:
     length = int(rng.integers(1, 5))
-    scale = 2 if length <= 2 and rng.random() < 0.5 else 1
+    scale = int(rng.integers(1, min(3, IMAGE_SIZE // (6 * length)) + 1))
     number = "".join(str(d) for d in rng.integers(0, 10, length))
     width, height = (6 * length - 1) * scale, 7 * scale
     x = 6 * int(rng.integers((IMAGE_SIZE - width) // 6 + 1))

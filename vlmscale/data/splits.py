@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,12 @@ class Splits:
     validation: Split | None
     test: Split | None
     quarantined: list[Quarantined]
-    summary: str
+    describe: Callable[[], str]
+
+    @property
+    def summary(self) -> str:
+        """One line: how many records there are and how many were set aside, as of now."""
+        return self.describe()
 
 
 def load_splits(config: DataConfig, image_size: int) -> Splits:
@@ -51,7 +56,10 @@ def load_splits(config: DataConfig, image_size: int) -> Splits:
     if config.source == "llava":
         images = Path(config.images) if config.images else None
         read = load_records(Path(config.records), images, image_target=image_size)
-        return Splits(_from_files(read.records, image_size), None, None, read.quarantined, read.summary())
+        train = _from_files(read.records, image_size)
+        return Splits(
+            train, None, None, read.quarantined, lambda: replace(read, records=train.records).summary()
+        )
     sizes = {"train": config.train_images, "validation": config.validation_images, "test": config.test_images}
     built = {split: scenes.build(split, count, config.seed) for split, count in sizes.items()}
     questions = {split: asked for split, (_, asked) in built.items()}
@@ -59,9 +67,13 @@ def load_splits(config: DataConfig, image_size: int) -> Splits:
     for split, (drawn, asked) in built.items():
         chance = scenes.blind_guess(questions["train"], asked)
         parts[split] = _from_scenes(split, drawn, asked, chance)
-    counts = ", ".join(f"{len(part.records)} {split}" for split, part in parts.items())
-    summary = f"scenes (seed {config.seed}): {counts} conversations, 0 quarantined"
-    return Splits(parts["train"], parts["validation"], parts["test"], [], summary)
+    quarantined: list[Quarantined] = []
+
+    def describe() -> str:
+        counts = ", ".join(f"{len(part.records)} {split}" for split, part in parts.items())
+        return f"scenes (seed {config.seed}): {counts} conversations, {len(quarantined)} quarantined"
+
+    return Splits(parts["train"], parts["validation"], parts["test"], quarantined, describe)
 
 
 def _from_files(records: list[Record], image_size: int) -> Split:

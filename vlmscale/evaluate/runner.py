@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from vlmscale.evaluate.generation import make_generate, prompt_batch
 from vlmscale.evaluate.scoring import SCORERS
 from vlmscale.models.decoder import SIZES
 from vlmscale.models.vision import TOWERS
-from vlmscale.records import ResultRow, git_commit, now, read_json, write_lines
+from vlmscale.records import ResultRow, git_commit, now, read_json, read_rows, write_lines
 from vlmscale.sharding import make_mesh, replicated
 from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.loop import load_prepared, with_sharding
@@ -167,7 +167,10 @@ def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> lis
         ]
         write_lines(run.path / "answers" / f"{task}.jsonl", lines)
         rows.append(_row(run, split, answered, sample_flops))
-    write_lines(run.path / "result.jsonl", [row.to_json() for row in rows])
+    results = run.path / "result.jsonl"
+    others = [row for row in read_rows(results) if row["task"] not in by_task] if results.exists() else []
+    every = sorted(others + [asdict(row) for row in rows], key=lambda row: row["task"])
+    write_lines(results, [json.dumps(row) for row in every])
     return rows
 
 
@@ -252,22 +255,26 @@ def answer_one(run: LoadedRun, image: Path | None, prompt: str) -> str:
     """Greedy answer to one question about one picture.
 
     Raises:
-      UserError: an empty prompt, or a picture that cannot be read.
+      UserError: a prompt that is empty or no text, or a picture that cannot be read.
     """
     if not prompt.strip():
         raise UserError("--prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not UTF-8") from None
     cell, template = run.cell, run.prepared.template
     ids = template.prompt(prompt.strip())
     slots = cell.compressor.visual_tokens
     batch: dict[str, Any] = prompt_batch([ids], [image is not None], template, slots, len(ids) + slots)
+    tower = TOWERS[cell.tower.name]
+    pixels = np.zeros((1, tower.image_size, tower.image_size, 3), np.float32)
+    if image is not None:
+        try:
+            pixels[0] = pixels_of(decode_image(image, target=tower.image_size), cell)
+        except (ImageError, OSError) as error:
+            raise UserError(f"{image}: {error}") from error
     if slots:
-        tower = TOWERS[cell.tower.name]
-        pixels = np.zeros((1, tower.image_size, tower.image_size, 3), np.float32)
-        if image is not None:
-            try:
-                pixels[0] = pixels_of(decode_image(image, target=tower.image_size), cell)
-            except (ImageError, OSError) as error:
-                raise UserError(f"{image}: {error}") from error
         weights = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name)
         levels = COMPRESSORS[cell.compressor.name].needs_levels
         batch |= encode_images(cell.tower.name, weights, jnp.asarray(pixels), levels)

@@ -64,6 +64,8 @@ class Checkpoints:
         self.manager.check_for_errors()
 
     def close(self) -> None:
-        """Wait and release the background thread."""
-        self.wait()
-        self.manager.close()
+        """Wait and release the background thread, also when a save failed."""
+        try:
+            self.wait()
+        finally:
+            self.manager.close()

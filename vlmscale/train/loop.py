@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,15 +148,13 @@ def train(cell: Cell, run: Path, prepared: Prepared, progress: Progress) -> None
     heldout = _make_heldout(cell, prepared, model, mesh)
     metrics = Metrics(run / "metrics.jsonl", step)
     try:
-        with stop_on_signal() as signals:
+        with closing(checkpoints), closing(metrics), stop_on_signal() as signals:
             pieces = Run(cell, mesh, train_step, heldout, metrics, checkpoints, signals, progress)
             state = _loop(pieces, state, step, batches(data, cell.train.batch_size, cell.train.seed, step))
     except PreemptedError:
         status.update(state="preempted")
         raise
     finally:
-        metrics.close()
-        checkpoints.close()
         status.update(wall_s=before.get("wall_s", 0.0) + time.monotonic() - started)
     done = {
         "steps": cell.train.steps,

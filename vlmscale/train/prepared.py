@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from vlmscale.compressors import COMPRESSORS
-from vlmscale.config import Cell, leaves
+from vlmscale.config import Cell, identity
 from vlmscale.data.conversation import Template, fit_context, training_row
 from vlmscale.data.images import preprocess
 from vlmscale.data.pipeline import Rows
@@ -144,15 +146,16 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
     parts = {name: split for name, split in named.items() if split is not None}
     tokenizer = train_tokenizer(texts(splits.train.records), first.data.vocab_size)
     tokenizer.save(str(out / "tokenizer.json"))
-    cut = {
-        name: _fit(split, Template(tokenizer), first.data.max_text_tokens, splits)
-        for name, split in parts.items()
-    }
-    if not splits.train.records:
-        reasons = "; ".join(f"{item.id}: {item.reason}" for item in splits.quarantined[:5])
-        raise UserError(f"{first.data.records}: no usable record is left ({reasons})")
+    refused = {item.index for item in splits.quarantined}
+    cut = {}
+    for name, split in parts.items():
+        cut[name] = _fit(split, Template(tokenizer), first.data.max_text_tokens, refused, splits)
+        if not split.records:
+            reasons = "; ".join(f"{item.id}: {item.reason}" for item in splits.quarantined[-5:])
+            source = first.data.records or f"scenes, {name}"
+            raise UserError(f"{source}: no usable record is left ({reasons})")
+    params = load_tower(weights, first.tower.name)
     shutil.copyfile(weights, out / "tower.safetensors")
-    params = load_tower(out / "tower.safetensors", first.tower.name)
     run = jax.jit(lambda pixels: encode_images(first.tower.name, params, pixels, with_levels))
     for name, split in parts.items():
         write_records(out / f"{name}.records.jsonl", split)
@@ -176,21 +179,22 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
 
 def _key(cell: Cell, weights: Path, with_levels: bool) -> str:
     """Hash of all that the directory's content depends on."""
-    parts: dict[str, Any] = {"levels": with_levels, "tower": cell.tower.name}
-    parts |= {name: value for name, value, _ in leaves(cell.data)}
+    parts = identity(cell.data) | {"levels": with_levels, "tower": cell.tower.name}
     try:
         parts["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-        if cell.data.records:
-            parts["records"] = hashlib.sha256(Path(cell.data.records).read_bytes()).hexdigest()
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from error
+        raise UserError(f"tower.checkpoint={weights}: {error.strerror or error}") from error
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _fit(split: Split, template: Template, max_text_tokens: int, splits: Splits) -> int:
-    """Shorten conversations to the context in place; returns how many lost turns."""
+def _fit(split: Split, template: Template, max_text_tokens: int, refused: set[int], splits: Splits) -> int:
+    """Shorten conversations to the context in place; returns how many lost turns.
+
+    `refused` are the indices of records that were set aside before: what is left keeps its own.
+    """
     kept, image_of, shortened = [], [], 0
-    for index, (record, image) in enumerate(zip(split.records, split.image_of, strict=True)):
+    indices = (index for index in itertools.count() if index not in refused)
+    for index, record, image in zip(indices, split.records, split.image_of, strict=False):
         fitted = fit_context(record, template, max_text_tokens)
         if fitted is None:
             length = len(template.conversation(record.turns[:1])[0])
@@ -214,26 +218,24 @@ def _write_features(
     run: Callable[[np.ndarray], dict[str, jax.Array]],
     progress: Progress,
 ) -> None:
-    """Run the tower over every distinct picture of a split and store its outputs as .npy."""
-    if split.num_images == 0:
-        return
+    """Run the tower over every distinct picture of a split and store its outputs as .npy.
+
+    Records of text alone get one blank picture, which no record shows, so that shapes are known.
+    """
     size = TOWERS[cell.tower.name]
-    stores: dict[str, np.ndarray] = {}
-    for start in range(0, split.num_images, _BATCH):
-        indices = range(start, min(start + _BATCH, split.num_images))
-        pixels = np.zeros((_BATCH, size.image_size, size.image_size, 3), np.float32)
-        for row, index in enumerate(indices):
-            pixels[row] = pixels_of(split.load_image(index), cell)
-        for key, values in run(pixels).items():
-            if key not in stores:
-                shape = (split.num_images, *values.shape[1:])
-                file = out / f"{name}.{key}.npy"
-                needed = int(np.prod(shape)) * 4
-                free = shutil.disk_usage(out).free
-                if needed > free:
-                    raise UserError(f"{file}: features need {needed >> 20} MiB, {free >> 20} MiB are free")
-                stores[key] = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
-            stores[key][start : start + len(indices)] = np.asarray(values)[: len(indices)]
-        progress(f"tower features, {name}", indices.stop, split.num_images)
-    for store in stores.values():
-        store.flush()  # type: ignore[attr-defined]
+    total = max(split.num_images, 1)
+    # Written front to back, not through a memory map: on a full disk a write fails, a map kills the process.
+    with contextlib.ExitStack() as stack:
+        stores: dict[str, BinaryIO] = {}
+        for start in range(0, total, _BATCH):
+            indices = range(start, min(start + _BATCH, total))
+            pixels = np.zeros((_BATCH, size.image_size, size.image_size, 3), np.float32)
+            for row, index in enumerate(indices[: split.num_images - start]):
+                pixels[row] = pixels_of(split.load_image(index), cell)
+            for key, values in run(pixels).items():
+                if key not in stores:
+                    stores[key] = stack.enter_context((out / f"{name}.{key}.npy").open("wb"))
+                    header = {"descr": "<f4", "fortran_order": False, "shape": (total, *values.shape[1:])}
+                    np.lib.format.write_array_header_1_0(stores[key], header)
+                stores[key].write(np.asarray(values, "<f4")[: len(indices)].tobytes())
+            progress(f"tower features, {name}", indices.stop, total)

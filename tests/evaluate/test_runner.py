@@ -1,0 +1,240 @@
+"""From a trained run to answers and rows: complete, typed, and the same whatever the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import jax
+import numpy as np
+import pytest
+
+from tests.integration.tiny import lines, picture, read, train
+from vlmscale.cli import main
+from vlmscale.data.records import Turn
+from vlmscale.evaluate.generation import make_generate, prompt_batch
+from vlmscale.evaluate.runner import LoadedRun, answer_items, load_run, make_items
+from vlmscale.records import ResultRow
+from vlmscale.train.step import build_model
+
+pytestmark = pytest.mark.xdist_group("runner")
+
+# The row of the records that join training and analysis, as the documents list it.
+ROW = [
+    "run_id",
+    "cell_id",
+    "cohort_id",
+    "sweep",
+    "seed",
+    "llm_name",
+    "n_total",
+    "n_nonembed",
+    "vision_tower",
+    "tower_flops",
+    "compressor",
+    "compressor_params",
+    "compressor_flops",
+    "query_pass_flops",
+    "reducer",
+    "tokens_per_layer",
+    "kv_bytes",
+    "visual_tokens",
+    "text_tokens_mean",
+    "gen_tokens_mean",
+    "image_size",
+    "data_mix",
+    "data_samples",
+    "stage_steps",
+    "lr",
+    "train_flops",
+    "infer_flops",
+    "latency_ms",
+    "device",
+    "task",
+    "task_group",
+    "split",
+    "prompt_id",
+    "scorer",
+    "metric",
+    "score_raw",
+    "score",
+    "n_items",
+    "chance",
+    "blind_score",
+    "heldout_loss",
+    "wall_s",
+    "vlmscale_version",
+    "git_commit",
+    "finished_at",
+    "status",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Long enough that answers differ from each other."""
+    path = tmp_path_factory.mktemp("runner") / "run"
+    assert train(path, "--config.train.learning_rate=0.01", count=60) == 0
+    assert main(["evaluate", "--run", str(path)]) == 0
+    return path
+
+
+@pytest.fixture(scope="module")
+def loaded(run: Path) -> LoadedRun:
+    return load_run(run)
+
+
+def test_rows_have_every_field_with_its_type(run: Path) -> None:
+    rows = lines(run / "result.jsonl")
+    hints = get_type_hints(ResultRow)
+    assert list(hints) == ROW
+    for row in rows:
+        assert list(row) == ROW
+        for name, value in row.items():
+            kind = hints[name]
+            wanted = getattr(kind, "__args__", (kind,)) if kind != list[int] else (list,)
+            assert isinstance(value, wanted) or (float in wanted and isinstance(value, int)), (name, value)
+            assert not isinstance(value, bool)
+        assert 0 <= row["score"] <= 1
+        assert 0 <= row["chance"] <= 1
+        assert row["score"] == pytest.approx(row["score_raw"] / row["n_items"])
+        assert row["visual_tokens"] == 4
+        assert row["n_nonembed"] < row["n_total"]
+        assert min(row[name] for name in ("tower_flops", "train_flops", "infer_flops", "kv_bytes")) > 0
+        assert row["split"] == "test"
+        assert row["status"] == "done"
+        assert row["heldout_loss"] > 0
+        assert 1 <= row["gen_tokens_mean"] <= 8
+    assert [row["task"] for row in rows] == sorted({row["task"] for row in rows})
+    assert sum(row["n_items"] for row in rows) == 8 * 9
+    assert read(run / "status.json")["state"] == "done"
+
+
+def test_answers_are_filed_by_item_and_explain_the_score(run: Path) -> None:
+    rows = {row["task"]: row for row in lines(run / "result.jsonl")}
+    asked = {line["id"]: line for line in lines(run / "data" / "test.records.jsonl")}
+    assert {path.stem for path in (run / "answers").iterdir()} == set(rows)
+    seen: list[str] = []
+    for task, row in rows.items():
+        answered = lines(run / "answers" / f"{task}.jsonl")
+        assert len(answered) == row["n_items"]
+        hits = 0
+        for line in answered:
+            question, truth = asked[line["id"]]["turns"][0]
+            assert (line["question"], line["truth"]) == (question, truth)
+            assert asked[line["id"]]["task"] == task
+            hits += line["answer"].strip() == truth
+        assert hits == row["score_raw"]
+        seen += [line["id"] for line in answered]
+    assert sorted(seen) == sorted(asked)
+
+
+def test_answers_do_not_depend_on_the_batch(loaded: LoadedRun) -> None:
+    items = make_items(*loaded.prepared.records("test"), "none")
+    answers = {}
+    for size in (3, 72, 400):
+        config = dataclasses.replace(loaded.cell.evaluate, batch_size=size)
+        other = dataclasses.replace(loaded, cell=dataclasses.replace(loaded.cell, evaluate=config))
+        told: list[tuple[int, int]] = []
+        answers[size] = answer_items(other, items, "test", lambda *done, told=told: told.append(done))
+        assert told[-1] == (72, 72)
+    assert answers[3] == answers[72] == answers[400]
+    assert len({text for text, _ in answers[3]}) > 3, "a model that always says the same proves nothing"
+
+
+def test_cached_decoding_is_the_same_as_no_cache(loaded: LoadedRun) -> None:
+    """Greedy, one forward pass a token over the whole text, without any cache."""
+    items = make_items(*loaded.prepared.records("test"), "none")[:4]
+    features = loaded.prepared.features("test", loaded.cell)["selected"]
+    template, slots = loaded.prepared.template, loaded.cell.compressor.visual_tokens
+    model = build_model(loaded.cell, loaded.prepared.tokenizer.get_vocab_size())
+    prompts = [template.prompt(item.question) for item in items]
+    length = max(map(len, prompts)) + slots
+    batch: dict[str, Any] = prompt_batch(prompts, [True] * 4, template, slots, length)
+    batch["selected"] = features[[item.image for item in items]]
+    made = np.asarray(make_generate(model, 6, template.end)(loaded.params, batch))
+
+    @jax.jit
+    def logits(batch: dict[str, Any], where: int) -> jax.Array:
+        from vlmscale.train.step import model_inputs
+
+        inputs = model_inputs(batch | {"target_positions": where})
+        return model.apply({"params": loaded.params}, *inputs)[:, 0]
+
+    for row, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
+        said: list[int] = []
+        while len(said) < 6 and template.end not in said:
+            whole: dict[str, Any] = prompt_batch([[*prompt, *said]], [True], template, slots, length + 6)
+            size = len(prompt) + len(said) + slots
+            whole["positions"] = np.arange(length + 6)[None]
+            whole["segment_ids"] = (np.arange(length + 6) < size)[None].astype(np.int32)
+            whole["selected"] = features[[item.image]]
+            said.append(int(np.argmax(logits(whole, np.array([[size - 1]], np.int32))[0])))
+        assert made[row].tolist() == said + [template.end] * (6 - len(said))
+
+
+def test_one_task_replaces_its_row_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {row["task"]: row for row in lines(run / "result.jsonl")}
+    capsys.readouterr()
+    assert main(["evaluate", "--run", str(run), "--tasks", "read,count", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["task"] for row in told["rows"]] == ["count", "read"]
+    after = {row["task"]: row for row in lines(run / "result.jsonl")}
+    assert list(after) == list(before)
+    clocks = {"finished_at": None}
+    assert {k: v | clocks for k, v in after.items()} == {k: v | clocks for k, v in before.items()}
+
+
+def test_generate_prints_one_json_object_alone(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "image.png"
+    image.write_bytes(picture())
+    answers = []
+    for words in ([], ["--image", str(image)]):
+        capsys.readouterr()
+        assert main(["generate", "--run", str(run), "--prompt", "Number?", "--json", *words]) == 0
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1
+        told = json.loads(out)
+        assert told["prompt"] == "Number?"
+        assert isinstance(told["answer"], str)
+        answers.append(told["answer"])
+    assert main(["generate", "--run", str(run), "--prompt", "Number?", "--image", str(image)]) == 0
+    assert capsys.readouterr().out == answers[1] + "\n"
+
+
+def test_a_picture_gets_the_answer_that_evaluation_gave(run: Path, tmp_path: Path) -> None:
+    """One question by the command line's path, from a file, is the item of the evaluation."""
+    from PIL import Image
+
+    from vlmscale.data import scenes
+    from vlmscale.evaluate.runner import answer_one
+
+    drawn, _ = scenes.build("test", 8, 0)
+    image = tmp_path / "scene.png"
+    Image.fromarray(scenes.draw(drawn[2])).save(image)
+    [item] = [i for i in lines(run / "answers" / "read.jsonl") if i["id"].startswith("test/000002-")]
+    assert answer_one(load_run(run), image, item["question"]) == item["answer"]
+
+
+def test_gold_history_puts_true_turns_before_a_question(loaded: LoadedRun) -> None:
+    records, image_of = loaded.prepared.records("train")
+    alone = make_items(records[:1], image_of[:1], "none")
+    behind = make_items(records[:1], image_of[:1], "gold")
+    assert (
+        [item.id for item in alone] == [item.id for item in behind] == [f"train/000000#{i}" for i in range(9)]
+    )
+    assert all(item.history == () for item in alone)
+    assert behind[2].history == records[0].turns[:2]
+    assert behind[2].history[0] == Turn(alone[0].question, alone[0].truth)
+
+
+def test_a_run_that_is_not_trained_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "spec.json").write_bytes((run / "spec.json").read_bytes())
+    assert main(["evaluate", "--run", str(tmp_path)]) == 2
+    assert "training is not finished" in capsys.readouterr().err

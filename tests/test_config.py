@@ -1,0 +1,230 @@
+"""Loading, refusing, identifying and finding configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vlmscale.config import (
+    Cell,
+    cell_id,
+    find_config,
+    from_dict,
+    leaves,
+    load_cell,
+    load_sweep,
+    to_dict,
+    validate,
+)
+from vlmscale.errors import UserError
+
+TINY = "configs/scenes_tiny.py"
+# Fields that a result does not depend on; everything else is part of a cell's identity.
+BYSTANDERS = {
+    "data.images",
+    "train.log_every",
+    "train.heldout_every",
+    "train.checkpoint_every",
+    "evaluate.batch_size",
+}
+
+
+def changed(key: str, value: Any) -> Cell:
+    cell = Cell()
+    part, name = key.split(".")
+    setattr(getattr(cell, part), name, value)
+    return cell
+
+
+def other(value: Any) -> Any:
+    return value + "-other" if isinstance(value, str) else value + 1
+
+
+def test_a_config_takes_an_argument_and_overrides() -> None:
+    words = ["--config.train.steps=77", "--config.train.learning_rate=0.5", "--config.data.seed=3"]
+    cell = load_cell(f"{TINY}:toy-40k,4", words)
+    assert (cell.llm.name, cell.compressor.visual_tokens) == ("toy-40k", 4)
+    assert (cell.train.steps, cell.train.learning_rate, cell.data.seed) == (77, 0.5, 3)
+    plain = load_cell(TINY, [])
+    assert plain.train.steps == Cell().train.steps
+    assert load_cell("configs/llava_tiny.py", ["--config.data.records=x.json"]).data.source == "llava"
+
+
+@pytest.mark.parametrize(
+    "word, said",
+    [
+        ("--config.train.step=3", "unknown config key train.step; the nearest is train.steps"),
+        ("--config.trian.steps=3", "nearest is train.steps"),
+        ("--config.compressor.tokens=3", "nearest is compressor"),
+        ("--config.train=3", "unknown config key train;"),
+        ("--config.train.steps", "an override reads --config.KEY=VALUE"),
+        ("--train.steps=3", "an override reads --config.KEY=VALUE"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(word: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        load_cell(TINY, [word])
+
+
+@pytest.mark.parametrize(
+    "word", ["train.steps=many", "train.steps=1.5", "train.learning_rate=fast", "data.seed="]
+)
+def test_wrong_types_are_refused_on_one_line(word: str) -> None:
+    with pytest.raises(UserError) as error:
+        load_cell(TINY, [f"--config.{word}"])
+    assert "\n" not in str(error.value)
+    assert word.split("=")[0].split(".")[-1] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("compressor.visual_tokens", 25, "pool on a 8x8 patch grid gives 1, 4, 16, 64"),
+        ("compressor.visual_tokens", -1, "gives 1, 4, 16, 64"),
+        ("compressor.name", "pol", "nearest is pool .known: pool, tokenpacker"),
+        ("llm.name", "toy-135", "nearest is toy-135k"),
+        ("tower.name", "scenes", "nearest is scenes-48"),
+        ("data.source", "lava", "nearest is llava"),
+        ("data.image_mode", "padding", "nearest is pad"),
+        ("evaluate.history", "silver", "nearest is"),
+        ("data.source", "llava", "data.source=llava needs --config.data.records"),
+        ("data.records", "x.json", "only with --config.data.source=llava"),
+        ("data.images", "pictures", "only with --config.data.source=llava"),
+        ("data.vocab_size", 299, "at least 300"),
+        ("train.batch_size", 0, "must be above 0"),
+        ("train.learning_rate", -0.1, "must be above 0"),
+        ("train.learning_rate", float("nan"), "must be above 0"),
+        ("train.weight_decay", -1.0, "must not be negative"),
+        ("train.warmup_steps", 2500, "below train.steps=2500"),
+        ("train.warmup_steps", -1, "train.warmup_steps=-1"),
+    ],
+)
+def test_impossible_cells_are_refused(key: str, value: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said) as error:
+        validate(changed(key, value))
+    assert "\n" not in str(error.value)
+
+
+def test_a_blind_cell_is_possible() -> None:
+    validate(changed("compressor.visual_tokens", 0))
+    validate(Cell())
+
+
+def test_the_id_changes_with_what_changes_the_result_and_with_nothing_else(
+    tmp_path: Path,
+) -> None:
+    seen = {cell_id(Cell())}
+    for key, value, metadata in leaves(Cell()):
+        if metadata.get("content"):
+            continue
+        identity = cell_id(changed(key, other(value)))
+        if key in BYSTANDERS:
+            assert identity == cell_id(Cell()), key
+        else:
+            assert identity not in seen, key
+            seen.add(identity)
+    assert {key for key, _, metadata in leaves(Cell()) if metadata.get("content")} == {
+        "tower.checkpoint",
+        "data.records",
+    }
+    assert all(len(identity) == 12 and int(identity, 16) >= 0 for identity in seen)
+
+
+@pytest.mark.parametrize("key", ["data.records", "tower.checkpoint"])
+def test_files_count_by_content(key: str, tmp_path: Path) -> None:
+    first, moved = tmp_path / "first.json", tmp_path / "elsewhere" / "second.json"
+    first.write_text("[1]")
+    identity = cell_id(changed(key, str(first)))
+    assert identity != cell_id(Cell())
+    moved.parent.mkdir()
+    shutil.move(first, moved)
+    assert cell_id(changed(key, str(moved))) == identity
+    with pytest.raises(UserError, match=f"{key}=.*first.json: No such file"):
+        cell_id(changed(key, str(first)))
+    moved.write_text("[2]")
+    assert cell_id(changed(key, str(moved))) != identity
+
+
+def test_blind_cells_are_the_same_whatever_the_compressor() -> None:
+    pool, packer = changed("compressor.visual_tokens", 0), changed("compressor.visual_tokens", 0)
+    packer.compressor.name = "tokenpacker"
+    assert cell_id(pool) == cell_id(packer)
+    assert cell_id(changed("compressor.name", "tokenpacker")) != cell_id(Cell())
+
+
+def test_dicts_go_there_and_back_through_json() -> None:
+    for key, value, _ in leaves(Cell()):
+        cell = changed(key, other(value))
+        back = from_dict(json.loads(json.dumps(to_dict(cell))))
+        assert back == cell
+        assert back != Cell()
+        assert dataclasses.is_dataclass(back.train)
+
+
+def test_shipped_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in (TINY, "scenes_tiny.py", "configs/sweeps/demo.py"):
+        assert find_config(name).is_file()
+    with pytest.raises(UserError, match=r"config configs/nothing\.py: no such file"):
+        find_config("configs/nothing.py")
+    # A file of one's own of that name comes first.
+    mine = tmp_path / TINY
+    mine.parent.mkdir()
+    mine.write_text("from vlmscale.config import Cell\ndef get_config(arg=''):\n    return Cell()\n")
+    assert find_config(TINY).resolve() == mine
+    assert load_cell(TINY, []) == Cell()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("def get_config(arg=''):\n    return 3\n", "must return a vlmscale.config.Cell, not int"),
+        ("def get_config(arg=''):\n    return Cell()\n", "NameError|'Cell' is not defined"),
+        ("import nothing_of_that_name\n", "nothing_of_that_name"),
+        ("def get_config(:\n", "SyntaxError"),
+        ("x = 1\n", "get_config"),
+    ],
+)
+def test_faulty_config_files_are_a_users_error(
+    text: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # ml_collections keeps what an earlier config of the same process defined.
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    path = tmp_path / "faulty.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=said):
+        load_cell(str(path), [])
+
+
+def test_the_demo_sweep_has_twenty_cells_and_takes_overrides() -> None:
+    sweep = load_sweep("configs/sweeps/demo.py", ["--config.train.steps=60"])
+    assert sweep.name == "demo"
+    assert len({cell_id(cell) for cell in sweep.cells}) == 20
+    assert {cell.train.steps for cell in sweep.cells} == {60}
+    assert {cell.compressor.visual_tokens for cell in sweep.cells} == {0, 1, 4, 16, 64}
+
+
+@pytest.mark.parametrize(
+    "cells, said", [("[]", "has 0 cells"), ("[Cell(), Cell()]", "2 cells, 1 of them distinct")]
+)
+def test_sweeps_without_or_with_repeated_cells_are_refused(cells: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "sweep.py"
+    path.write_text(
+        "from vlmscale.config import Cell, Sweep\n"
+        f"def get_sweep(overrides=()):\n    return Sweep('x', {cells})\n"
+    )
+    with pytest.raises(UserError, match=said):
+        load_sweep(str(path), [])
+    for text, fault in (
+        ("x = 1\n", "defines get_sweep"),
+        ("1 / 0\n", "sweep.py: ZeroDivisionError: division"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=fault):
+            load_sweep(str(path), [])
