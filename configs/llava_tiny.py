@@ -13,7 +13,7 @@ from vlmscale.config import Cell, CompressorConfig, DataConfig, EvaluateConfig, 
 def get_config(arg: str = "") -> Cell:
     """The cell; `arg` names the LLM (default toy-135k)."""
     return Cell(
-        compressor=CompressorConfig(visual_tokens=16),
+        compressor=CompressorConfig(visual_tokens=64),
         llm=LLMConfig(name=arg or "toy-135k"),
         data=DataConfig(source="llava", max_text_tokens=512),
         train=TrainConfig(

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import json
 import runpy
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,6 +139,9 @@ def load_cell(spec: str, overrides: Sequence[str]) -> Cell:
     values = flags.FlagValues()
     argv = ["vlmscale", f"--config={find_config(path)}{separator}{argument}", *overrides]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    # ml_collections loads every config file under this one module name: without this a file that lacks
+    # get_config would silently get that of the file before.
+    sys.modules.pop("config_config", None)
     try:
         values(argv)
         cell = values["config"].value

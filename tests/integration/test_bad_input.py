@@ -56,7 +56,7 @@ def train_words(out: Path, *more: str, config: str = SCENES) -> list[str]:
         ("--config.train.weight_decay=-1", ["train.weight_decay"]),
         ("--config.compressor.visual_tokens=5", ["visual_tokens=5", "1, 4, 16, 64"]),
         ("--config.compressor.name=poll", ["nearest is pool"]),
-        ("--config.llm.name=toy-15k", ["nearest is toy-14k"]),
+        ("--config.llm.name=toy-14K", ["nearest is toy-14k"]),
         ("--config.data.source=llava", ["data.records"]),
         ("--config.data.records=x.json", ["data.source=llava"]),
         ("--config.data.vocab_size=100", ["at least 300"]),
@@ -142,12 +142,8 @@ def test_a_record_file_that_cannot_be_used(
 ) -> None:
     overrides = write_llava(tmp_path, [])
     (tmp_path / "records.json").write_text(text)
-    refused(
-        train_words(tmp_path / "run", *overrides, config=LLAVA),
-        capsys,
-        str(tmp_path / "records.json"),
-        *parts,
-    )
+    words = train_words(tmp_path / "run", *overrides, config=LLAVA)
+    refused(words, capsys, str(tmp_path / "records.json"), *parts)
     assert not (tmp_path / "run" / "done.json").exists()
 
 
@@ -171,7 +167,7 @@ def test_an_answer_longer_than_the_context_is_set_aside_and_counted(tmp_path: Pa
     run = tmp_path / "run"
     context = "--config.data.max_text_tokens=40"
     assert train(run, *overrides, context, config=LLAVA, count=4) == 0
-    summary = capsys.readouterr().err.splitlines()[0]
+    summary = next(line for line in capsys.readouterr().err.splitlines() if "records read" in line)
     assert "4 records read, 2 used, 2 quarantined" in summary
     assert "1 too long" in summary
     assert "1 empty conversation" in summary
@@ -207,10 +203,8 @@ def test_a_tower_that_cannot_be_read(content: bytes, tmp_path: Path, capsys: Cap
 
 def test_runs_that_are_none(tmp_path: Path, capsys: Capture) -> None:
     for run in (tmp_path, tmp_path / "absent"):
-        refused(["evaluate", "--run", str(run)], capsys, str(run), "is this a run directory?")
-        refused(
-            ["generate", "--run", str(run), "--prompt", "x"], capsys, str(run), "is this a run directory?"
-        )
+        for words in (["evaluate"], ["generate", "--prompt", "x"]):
+            refused([*words, "--run", str(run)], capsys, str(run), "is this a run directory?")
     refused(["evaluate", "--run", str(tmp_path), "--config.train.steps=2"], capsys, "takes no")
 
 

@@ -30,10 +30,11 @@ def head_flops(size: DecoderSize, vocab_size: int, positions: float) -> float:
 
 
 def tower_flops(size: TowerSize) -> int:
-    """Forward FLOPs of one image."""
+    """Forward FLOPs of one image, up to the last layer that anything reads."""
     patches, width = size.num_patches, size.width
     block = patches * (8 * width**2 + 4 * width * size.mlp_width) + 4 * patches**2 * width
-    return size.num_layers * block + 2 * patches * size.patch_size**2 * 3 * width
+    blocks = max(size.select_layer, *size.levels)
+    return blocks * block + 2 * patches * size.patch_size**2 * 3 * width
 
 
 def compressor_flops(name: str, visual_tokens: int, tower: TowerSize, llm_width: int) -> int:

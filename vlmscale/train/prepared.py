@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
@@ -155,7 +154,7 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
             source = first.data.records or f"scenes, {name}"
             raise UserError(f"{source}: no usable record is left ({reasons})")
     params = load_tower(weights, first.tower.name)
-    shutil.copyfile(weights, out / "tower.safetensors")
+    (out / "tower.safetensors").write_bytes(weights.read_bytes())
     run = jax.jit(lambda pixels: encode_images(first.tower.name, params, pixels, with_levels))
     for name, split in parts.items():
         write_records(out / f"{name}.records.jsonl", split)

@@ -101,7 +101,7 @@ def make_train_step(
         (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads), "target_tokens": count}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "target_tokens": count}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return train_step
