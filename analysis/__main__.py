@@ -12,8 +12,8 @@ from analysis.data import BUILT_IN, DataError
 from analysis.report import write_report
 
 EXAMPLE = """example:
-  python -m analysis runs/demo --out runs/demo/report
-  python -m analysis paper-reasoning --out runs/paper --bootstrap 10000 --json
+  vlmscale analyze runs/demo --out runs/demo/report
+  vlmscale analyze paper-reasoning --out runs/paper --bootstrap 10000 --json
 """
 
 
@@ -32,7 +32,7 @@ def _natural(text: str) -> int:
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     result = argparse.ArgumentParser(
-        prog="python -m analysis",
+        prog="vlmscale analyze",
         description="Fit scaling laws to a sweep and write a report: what to deploy for an inference budget.",
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,

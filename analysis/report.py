@@ -89,10 +89,13 @@ def write_report(source: Path | str, out: Path, *, bootstrap: int = 2000, seed: 
         "figures": [f"figures/{name}.png" for name in gallery.names],
     }
     title = "LLM size or visual tokens: what " + (f"{origin} published" if published else f"{kind} says")
-    (Path(out) / "report.html").write_text(to_html(title, blocks), encoding="utf-8")
     (Path(out) / "report.md").write_text(to_markdown(title, blocks), encoding="utf-8")
     text = json.dumps(result, indent=1, allow_nan=False)
     (Path(out) / "analysis.json").write_text(text + "\n", encoding="utf-8")
+    # Last and by rename: where the page exists, the rest does too.
+    page = Path(out) / ".report.html.tmp"
+    page.write_text(to_html(title, blocks), encoding="utf-8")
+    page.replace(Path(out) / "report.html")
     return result
 
 

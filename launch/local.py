@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from launch.bars import Bars
 from launch.state import CellDirectory, steps_done
-from launch.worker import EXIT_USER
+from vlmscale.errors import EXIT_USER
 from vlmscale.records import Status
 
 _POLL_S = 0.25
@@ -89,7 +89,7 @@ def _start(cell: CellDirectory, core: int | None) -> Running:
 
     place = [] if core is None else [str(core)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "launch.worker", str(cell.path), *place],
+        [sys.executable, "-P", "-m", "launch.worker", str(cell.path), str(os.getpid()), *place],
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

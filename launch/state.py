@@ -57,11 +57,10 @@ def open_sweep(sweep: Sweep, out: Path) -> list[CellDirectory]:
     cells = [CellDirectory(cell_id(c), c, out / "cells" / cell_id(c)) for c in sweep.cells]
     path = out / "sweep.json"
     ids = [cell.id for cell in cells]
-    if path.exists():
-        known = read_json(path)
-        if known["cells"] != ids:
+    known = read_json(path) if path.exists() else {"cells": []}
+    if known["cells"] != ids:
+        if any((out / "cells" / name / "spec.json").exists() for name in known["cells"]):
             raise UserError(f"{out}: holds sweep {known['name']} with other cells; choose another --out")
-    else:
         cohorts = [[cell] for cell in ids]
         write_json(
             path, {"name": sweep.name, "cells": ids, "cohorts": cohorts, "vlmscale_version": __version__}
@@ -94,6 +93,7 @@ def collect(cells: list[CellDirectory], out: Path) -> Path:
     blind = {key(row): row["score"] for row in rows if row["visual_tokens"] == 0}
     for row in rows:
         row["blind_score"] = blind.get(key(row))
-    path = out / "results.jsonl"
-    write_lines(path, [json.dumps(row) for row in rows])
+    path, lines = out / "results.jsonl", [json.dumps(row) for row in rows]
+    if not path.exists() or path.read_text(encoding="utf-8").splitlines() != lines:
+        write_lines(path, lines)  # its time tells whether the report is older
     return path

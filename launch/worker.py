@@ -1,4 +1,4 @@
-"""One cell in one process: `python -m launch.worker CELL_DIR [CORE]` runs what spec.json says.
+"""One cell in one process: `python -m launch.worker CELL_DIR LAUNCHER_PID [CORE]` runs what spec.json says.
 
 Exit codes: 0 done, 2 a user's mistake, 42 saved and to be run again, anything else a fault.
 """
@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 a user's mistake, 42 saved and to be run again, anything e
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import sys
@@ -15,44 +14,42 @@ import time
 import traceback
 from pathlib import Path
 
-from vlmscale.errors import UserError, disk_fault
+from vlmscale.errors import EXIT_AGAIN, EXIT_USER, UserError, disk_fault
 from vlmscale.records import Status
-
-EXIT_USER, EXIT_AGAIN = 2, 42
 
 
 def main() -> int:
     """Run the cell named on the command line."""
     run = Path(sys.argv[1])
-    if len(sys.argv) > 2:  # before jax starts its threads, so that it starts one
-        os.sched_setaffinity(0, {int(sys.argv[2])})
-    _stop_with_parent()
-    # Held until this process ends, however it ends: a second worker on the same cell waits here.
-    with (run / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        status = Status(run)
+    _stop_with_parent(int(sys.argv[2]))
+    if len(sys.argv) > 3:  # before jax starts its threads, so that it starts one
+        os.sched_setaffinity(0, {int(sys.argv[3])})
+    from vlmscale.train.loop import PreemptedError, exclusive
+
+    status = Status(run)
+    with exclusive(run, wait=True):  # a worker whose launcher was killed may still be saving
         try:
             _train_and_evaluate(run)
         except UserError as error:
-            status.update(state="failed", last_error=str(error))
+            return _fail(status, str(error), EXIT_USER)
+        except PreemptedError as error:
             print(error, file=sys.stderr)
-            return EXIT_USER
+            return EXIT_AGAIN
         except Exception as error:
-            if type(error).__name__ == "PreemptedError":
-                print(error, file=sys.stderr)
-                return EXIT_AGAIN
             fault = disk_fault(error)
             if fault is not None:
-                line = f"{fault.filename or run}: {fault.strerror}"
-                print(line, file=sys.stderr)
-                with contextlib.suppress(OSError):
-                    status.update(state="failed", last_error=line)
-                return EXIT_USER
-            status.update(state="failed", last_error=f"{type(error).__name__}: {error}".splitlines()[0])
+                return _fail(status, f"{fault.filename or run}: {fault.strerror}", EXIT_USER)
             traceback.print_exc()
-            return 1
+            return _fail(status, f"{type(error).__name__}: {error}".splitlines()[0], 1)
         status.update(state="done", last_error=None)
     return 0
+
+
+def _fail(status: Status, line: str, code: int) -> int:
+    print(line, file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full disk cannot even take the reason
+        status.update(state="failed", last_error=line)
+    return code
 
 
 def _train_and_evaluate(run: Path) -> None:
@@ -64,9 +61,8 @@ def _train_and_evaluate(run: Path) -> None:
     evaluate(load_run(run), None, lambda done, total: None)
 
 
-def _stop_with_parent() -> None:
+def _stop_with_parent(parent: int) -> None:
     """Ask this process to save and stop when the launcher is gone, even when it was killed."""
-    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -13,9 +13,8 @@ from typing import Any
 from tqdm import tqdm
 
 from vlmscale import __version__
-from vlmscale.errors import UserError, disk_fault
+from vlmscale.errors import EXIT_AGAIN, EXIT_USER, UserError, disk_fault
 
-EXIT_USER, EXIT_AGAIN = 2, 42
 Command = Callable[[argparse.Namespace, list[str]], int]
 
 
@@ -25,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["analyze"]:  # analysis parses its own words and imports no jax
         from analysis.__main__ import main as analyze
 
-        return analyze(words[1:])
+        try:
+            return analyze(words[1:])
+        except KeyboardInterrupt:
+            return 130
     # Configs are passed on as they stand; every other unknown word is a mistake.
     overrides = [word for word in words if word.startswith("--config.")]
     arguments = _parser().parse_args([word for word in words if not word.startswith("--config.")])
@@ -52,13 +54,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="vlmscale", description=__doc__.splitlines()[0] if __doc__ else None
+        prog="vlmscale",
+        description="Inference-optimal scaling laws for vision-language models.",
+        epilog="example: vlmscale demo",
     )
     parser.add_argument("--version", action="version", version=f"vlmscale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = _add(
-        commands, "demo", _demo, "train the demo sweep and write its report", "vlmscale demo --out runs/demo"
+        commands,
+        "demo",
+        _demo,
+        "train the demo sweep and write its report; --config.KEY=VALUE overrides",
+        "vlmscale demo --out runs/demo",
     )
     demo.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="sweep directory (default runs/demo)"
@@ -143,7 +151,7 @@ def _add_sweep(commands: Any) -> None:
         sweep,
         "run",
         _sweep_run,
-        "train and evaluate all cells",
+        "train and evaluate all cells; --config.KEY=VALUE overrides",
         "vlmscale sweep run configs/sweeps/demo.py --out DIR",
     )
     run.add_argument("sweep", metavar="SWEEP", help="file with get_sweep(overrides)")
@@ -162,12 +170,16 @@ def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
     code = _sweep_run(arguments, overrides)
     if code:
         return code
+    from analysis.data import DataError
     from analysis.report import write_report
 
     stale = not report.exists() or report.stat().st_mtime < (arguments.out / "results.jsonl").stat().st_mtime
     if stale:
         print("fitting the laws and drawing the report ...", file=sys.stderr)
-        write_report(arguments.out, arguments.out / "report")
+        try:
+            write_report(arguments.out, arguments.out / "report")
+        except DataError as error:
+            raise UserError(str(error)) from error
     print(f"report: {report}")
     return 0
 
@@ -182,9 +194,8 @@ def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--workers={arguments.workers}: must be above 0")
     sweep = load_sweep(arguments.sweep, overrides)
     cells = open_sweep(sweep, arguments.out)
-    results = arguments.out / "results.jsonl"
-    if all(cell.finished for cell in cells) and results.exists():
-        print(f"all {len(cells)} cells are done: {results}")
+    if all(cell.finished for cell in cells):
+        print(f"all {len(cells)} cells are done: {collect(cells, arguments.out)}")
         return 0
     from vlmscale.train.loop import open_run
     from vlmscale.train.prepared import prepare
@@ -234,23 +245,25 @@ def _sweep_status(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.config import load_cell
-    from vlmscale.records import Status, make_directory
-    from vlmscale.train.loop import PreemptedError, open_run, train
+    from vlmscale.records import Status
+    from vlmscale.train.loop import PreemptedError, exclusive, open_run, train
     from vlmscale.train.prepared import prepare
 
     cell, run = load_cell(arguments.config, overrides), arguments.out
-    make_directory(run)
     open_run(cell, run, run / "data", "")
+    prepared = prepare([cell], run / "data", _progress())
     if (run / "done.json").exists():
         print(f"{run}: already trained")
         return 0
-    prepared = prepare([cell], run / "data", _progress())
     print(prepared.manifest["summary"], file=sys.stderr)
     if prepared.manifest["quarantined"]:
         print(f"set aside and why: {prepared.path / 'quarantine.jsonl'}", file=sys.stderr)
     bar = _progress()
     try:
-        train(cell, run, prepared, lambda step, steps, loss: bar(f"training, loss {loss:.3f}", step, steps))
+        with exclusive(run, wait=False):
+            train(
+                cell, run, prepared, lambda step, steps, loss: bar(f"training, loss {loss:.3f}", step, steps)
+            )
     except PreemptedError as error:
         print(error, file=sys.stderr)
         return EXIT_AGAIN

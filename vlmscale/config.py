@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -229,13 +230,16 @@ def validate(cell: Cell) -> None:
     )
     values = {name: value for name, value, _ in leaves(cell)}
     for name in positive.split():
-        if not values[name] > 0:
-            raise UserError(f"{name}={values[name]}: must be above 0")
+        if not 0 < values[name] < math.inf:
+            raise UserError(f"{name}={values[name]}: must be above 0 and finite")
+    for name in ("data.seed", "train.seed"):
+        if values[name] < 0:
+            raise UserError(f"{name}={values[name]}: must not be negative")
     if not 0 <= cell.train.warmup_steps < cell.train.steps:
         raise UserError(
             f"train.warmup_steps={cell.train.warmup_steps}: must be below train.steps={cell.train.steps}"
         )
-    if cell.train.weight_decay < 0:
+    if not 0 <= cell.train.weight_decay < math.inf:
         raise UserError(f"train.weight_decay={cell.train.weight_decay}: must not be negative")
     if cell.data.vocab_size < 300:
         raise UserError(
@@ -314,6 +318,8 @@ def load_sweep(path: str, overrides: Sequence[str]) -> Sweep:
         raise UserError(f"{path}: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(sweep, Sweep):
         raise UserError(f"{path}: get_sweep must return a vlmscale.config.Sweep, not {type(sweep).__name__}")
+    for cell in sweep.cells:
+        validate(cell)
     ids = [cell_id(cell) for cell in sweep.cells]
     if not ids or len(set(ids)) < len(ids):
         raise UserError(f"{path}: has {len(ids)} cells, {len(set(ids))} of them distinct")

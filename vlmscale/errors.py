@@ -3,6 +3,8 @@
 import errno
 import os
 
+EXIT_USER, EXIT_AGAIN = 2, 42  # a user's mistake; saved and to be run again
+
 
 class UserError(Exception):
     """Bad usage, data or config: one clear line that names the file, record or key and what to do.

@@ -189,13 +189,17 @@ def now() -> str:
 
 
 def git_commit() -> str | None:
-    """Commit of the checkout that the code runs from, or None outside of one."""
+    """Commit of the checkout that the code runs from ("-dirty" where files differ), else None."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
     try:
-        command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not just any repository around an install
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -193,11 +193,11 @@ def test_all_at_once_adds_up_and_is_written(tmp_path: Path, folder: Path) -> Non
     assert "4 misplaced placeholder" not in summary
     assert "3 misplaced placeholder" in summary
     written = tmp_path / "quarantine.jsonl"
-    write_quarantine(result, written)
+    write_quarantine(result.quarantined, written)
     lines = [json.loads(line) for line in written.read_text().splitlines()]
     assert [Quarantined(**line) for line in lines] == result.quarantined
     with pytest.raises(UserError, match=r"cannot be written \(No such file or directory\)"):
-        write_quarantine(result, tmp_path / "absent" / "quarantine.jsonl")
+        write_quarantine(result.quarantined, tmp_path / "absent" / "quarantine.jsonl")
 
 
 def test_what_a_record_becomes(tmp_path: Path, folder: Path) -> None:

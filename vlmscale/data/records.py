@@ -136,15 +136,14 @@ def load_records(
     return result
 
 
-def write_quarantine(records: Records, path: Path) -> None:
+def write_quarantine(quarantined: list[Quarantined], path: Path) -> None:
     """Writes one JSON line (index, id, reason) for each quarantined record; an empty file if there is none.
 
     Raises:
         UserError: `path` cannot be written.
     """
     lines = [
-        json.dumps({"index": item.index, "id": item.id, "reason": item.reason}) + "\n"
-        for item in records.quarantined
+        json.dumps({"index": item.index, "id": item.id, "reason": item.reason}) + "\n" for item in quarantined
     ]
     try:
         path.write_text("".join(lines), encoding="utf-8")

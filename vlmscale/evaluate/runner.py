@@ -183,7 +183,11 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], samp
     generated = float(np.mean([used for _, _, used in answered]))
     compressor = flops.compressor_flops(cell.compressor.name, visual_tokens, tower, llm.width)
     tower_flops = flops.tower_flops(tower) if visual_tokens else 0
-    llm_flops = flops.inference_flops(llm, vocab, text + visual_tokens, generated)
+    # Questions without an image cost neither tower nor visual tokens.
+    with_image = float(np.mean([item.image >= 0 for item, _, _ in answered]))
+    prompt = text + visual_tokens * with_image
+    llm_flops = flops.inference_flops(llm, vocab, prompt, generated)
+    cached = prompt + generated - 1  # the last token is not fed back
     done = read_json(run.path / "done.json")
     metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     heldout = [line["heldout_loss"] for line in metrics if "heldout_loss" in line]
@@ -204,10 +208,8 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], samp
         compressor_flops=compressor,
         query_pass_flops=0,
         reducer=None,
-        tokens_per_layer=text + visual_tokens,
-        kv_bytes=round(
-            2 * 4 * llm.num_layers * llm.num_kv_heads * llm.head_dim * (text + visual_tokens + generated)
-        ),
+        tokens_per_layer=prompt,
+        kv_bytes=round(2 * 4 * llm.num_layers * llm.num_kv_heads * llm.head_dim * cached),
         visual_tokens=visual_tokens,
         text_tokens_mean=text,
         gen_tokens_mean=generated,
@@ -217,7 +219,7 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], samp
         stage_steps=[cell.train.steps],
         lr=cell.train.learning_rate,
         train_flops=round(sample_flops * cell.train.steps * cell.train.batch_size),
-        infer_flops=round(tower_flops + compressor + llm_flops),
+        infer_flops=round(with_image * (tower_flops + compressor) + llm_flops),
         latency_ms=None,
         device=read_json(run.path / "env.json")["device"],
         task=first.task,
@@ -229,7 +231,7 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], samp
         score_raw=float(np.sum(scores)),
         score=float(np.mean(scores)),
         n_items=len(scores),
-        chance=first.chance,
+        chance=float(np.mean([item.chance for item, _, _ in answered])),
         blind_score=None,
         heldout_loss=heldout[-1] if heldout else None,
         wall_s=done["wall_s"],
@@ -245,10 +247,11 @@ def _training_flops(run: LoadedRun) -> float:
     cell, llm = run.cell, SIZES[run.cell.llm.name]
     rows = run.prepared.rows("train", cell).rows
     tokens = float(np.mean([len(row.tokens) for row in rows]))
+    with_image = float(np.mean([row.image_slots.any() for row in rows]))
     targets = float(np.mean([len(row.target_ids) for row in rows]))
     tower, vocab = TOWERS[cell.tower.name], run.prepared.tokenizer.get_vocab_size()
     compressor = flops.compressor_flops(cell.compressor.name, cell.compressor.visual_tokens, tower, llm.width)
-    return flops.training_flops(llm, vocab, tokens, targets, compressor)
+    return flops.training_flops(llm, vocab, tokens, targets, with_image * compressor)
 
 
 def answer_one(run: LoadedRun, image: Path | None, prompt: str) -> str:

@@ -43,7 +43,7 @@ class TowerSize:
 
 
 TOWERS: dict[str, TowerSize] = {
-    # The demo's tower; its weights ship with the package (`vlmscale tower train` reproduces them).
+    # The demo's tower; its weights ship with the package (`vlmscale tower` reproduces them).
     "scenes-48": TowerSize(48, 6, 64, 4, 2, 192, select_layer=4, levels=(1, 2, 3, 4)),
 }
 

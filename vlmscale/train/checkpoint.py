@@ -23,6 +23,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEEP, enable_async_checkpointing=True)
         self.manager = ocp.CheckpointManager(self.path, options=options)
 
+    @staticmethod
+    def any_in(run: Path) -> bool:
+        """Whether a run has a checkpoint; looks at names alone."""
+        return any(path.name.isdigit() for path in (run / "checkpoints").glob("*"))
+
     def latest(self) -> int | None:
         """Last good step."""
         return self.manager.latest_step()

@@ -6,6 +6,7 @@ disk before the checkpoint of the same step, so a resume never misses a line and
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import signal
@@ -80,22 +81,38 @@ def open_run(cell: Cell, run: Path, data: Path, sweep: str) -> None:
       data: the prepared data, named in spec.json relative to the run.
       sweep: name of the sweep, "" for a single run.
 
+    A directory of another config is taken over only while nothing was trained in it; fields that change no
+    result follow the newest config.
+
     Raises:
-      UserError: another config lives there, or it cannot be written.
+      UserError: another config was trained there, or it cannot be written.
     """
     make_directory(run)
-    spec = run / "spec.json"
-    identity = cell_id(cell)
-    if spec.exists():
-        known = read_json(spec)["cell_id"]
-        if known != identity:
-            raise UserError(
-                f"{run}: holds cell {known}, this config is cell {identity}; choose another --out"
-            )
-        return
+    spec, own = run / "spec.json", cell_id(cell)
+    trained = (run / "done.json").exists() or Checkpoints.any_in(run)
+    if spec.exists() and trained and (known := read_json(spec)["cell_id"]) != own:
+        raise UserError(f"{run}: holds cell {known}, this config is cell {own}; choose another --out")
     where = os.path.relpath(data.resolve(), run.resolve())
-    write_json(spec, {"cell_id": identity, "sweep": sweep, "data": where, "config": to_dict(cell)})
-    write_json(run / "env.json", environment(jax.devices()[0].device_kind))
+    write_json(spec, {"cell_id": own, "sweep": sweep, "data": where, "config": to_dict(cell)})
+
+
+@contextmanager
+def exclusive(run: Path, wait: bool) -> Iterator[None]:
+    """Hold a run's lock until the block or the process ends, however it ends.
+
+    Args:
+      run: the run directory.
+      wait: wait for whoever holds it, instead of refusing.
+
+    Raises:
+      UserError: another process works on the run and `wait` is False.
+    """
+    with (run / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            raise UserError(f"{run}: another process is working on this run") from error
+        yield
 
 
 def load_prepared(run: Path) -> tuple[Cell, Prepared]:
@@ -139,6 +156,7 @@ def train(cell: Cell, run: Path, prepared: Prepared, progress: Progress) -> None
     checkpoints, status = Checkpoints(run), Status(run)
     step, before = checkpoints.latest() or 0, status.read()
     resumed = before["resumed_from"] + ([step] if before["attempts"] else [])
+    write_json(run / "env.json", environment(jax.devices()[0].device_kind))
     status.update(state="running", attempts=before["attempts"] + 1, resumed_from=resumed, last_error=None)
     data = prepared.rows("train", cell)
     model = build_model(cell, prepared.tokenizer.get_vocab_size())
@@ -205,6 +223,7 @@ def _loop(run: Run, state: TrainState, step: int, stream: Iterator[Batch]) -> Tr
             loss = _write_metrics(run, waiting, state, step, with_heldout)
             run.progress(step, config.steps, loss)
         if due:
+            _check_finite(step, float(values["loss"]))  # also where this step is not logged
             run.checkpoints.save(step, state)
         if run.signals.received and not last:
             run.checkpoints.wait()
@@ -225,17 +244,19 @@ def _write_metrics(
     loss = math.nan
     for number, values in waiting:
         numbers = {name: float(value) for name, value in jax.device_get(values).items()}
-        if not math.isfinite(numbers["loss"]):
-            raise FloatingPointError(
-                f"the loss is {numbers['loss']} at step {number}; lower train.learning_rate"
-            )
         loss = numbers["loss"]
+        _check_finite(number, loss)
         if run.heldout is not None and number == step and with_heldout:
             numbers["heldout_loss"] = run.heldout(state.params)
         run.metrics.write(number, **numbers)
     waiting.clear()
     run.metrics.flush()
     return loss
+
+
+def _check_finite(step: int, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss} at step {step}; lower train.learning_rate")
 
 
 def _make_heldout(cell: Cell, prepared: Prepared, model: VLM, mesh: Mesh) -> Callable[[Any], float] | None:

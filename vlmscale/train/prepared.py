@@ -22,7 +22,7 @@ from vlmscale.config import Cell, identity
 from vlmscale.data.conversation import Template, fit_context, training_row
 from vlmscale.data.images import preprocess
 from vlmscale.data.pipeline import Rows
-from vlmscale.data.records import Quarantined, Record
+from vlmscale.data.records import Quarantined, Record, write_quarantine
 from vlmscale.data.splits import Split, Splits, load_splits, read_records, texts, write_records
 from vlmscale.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmscale.errors import UserError
@@ -159,9 +159,7 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
     for name, split in parts.items():
         write_records(out / f"{name}.records.jsonl", split)
         _write_features(out, name, split, first, run, progress)
-    with (out / "quarantine.jsonl").open("w", encoding="utf-8") as file:
-        for item in splits.quarantined:
-            file.write(json.dumps({"index": item.index, "id": item.id, "reason": item.reason}) + "\n")
+    write_quarantine(splits.quarantined, out / "quarantine.jsonl")
     manifest = {
         "key": key,
         "summary": splits.summary,
