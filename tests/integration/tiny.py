@@ -49,7 +49,8 @@ def steps(count: int) -> tuple[str, ...]:
 
 def train(out: Path, *overrides: str, config: str = SCENES, count: int = 20) -> int:
     """`vlmscale train` in this process."""
-    return main(["train", "--config", config, "--out", str(out), *DATA, *steps(count), *overrides])
+    short = ("--config.evaluate.max_new_tokens=4",) if config == LLAVA else ()
+    return main(["train", "--config", config, "--out", str(out), *DATA, *steps(count), *short, *overrides])
 
 
 def child(words: list[str], **options: Any) -> subprocess.Popen[str]:
