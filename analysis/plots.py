@@ -209,7 +209,7 @@ def law_figure(study: Study) -> Figure:
         if blind:
             values.append(np.array(blind))
             handles.append(Line2D([], [], color="#555555", ls=(0, (4, 3)), lw=1.1, label="no image"))
-        if fit is not None:
+        if fit is not None and fit.converged and fit.replicates.size:
             handles.append(Patch(color="#777777", alpha=0.3, lw=0, label="95% bootstrap band"))
         _percent_axis(axes, np.concatenate(values))
         _token_ticks(axes.xaxis, table.token_counts)

@@ -139,6 +139,11 @@ def choice_of_law(study: Study) -> str:
         return f"No law is fitted: {study.no_fit}."
     others = [name for name in study.fits if name != best.law.name]
     if study.margin is None:
+        lost = [name for name in others if not study.fits[name].converged]
+        if lost and best.converged:
+            return f"The {best.law.name} law is chosen: the fit of the {listed(lost)} law did not converge."
+        if not best.converged:
+            return "No fit converged: the parameters ran away, and no curve is drawn."
         return f"The {best.law.name} law has the smaller error; AICc is undefined here."
     grade = (
         "the two cannot be told apart"

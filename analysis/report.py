@@ -185,7 +185,9 @@ def _law_section(studies: list[Study], paper: list[Study], gallery: _Gallery) ->
 
 def _law_picture(item: Study, gallery: _Gallery) -> Picture:
     what = (
-        f"the {item.best.law.name} law and its 95% bootstrap band" if item.best else "no law could be fitted"
+        f"the {item.best.law.name} law and its 95% bootstrap band"
+        if item.best and item.best.converged
+        else "no law could be fitted"
     )
     name = f"{item.table.group}-law" + ("-paper" if item.origin == PAPER_ORIGIN else "")
     caption = f"{item.table.group}, {item.origin}: error against visual tokens; markers are cells; {what}."
