@@ -211,4 +211,4 @@ def test_command_refuses_bad_data_in_one_line(tmp_path: Path, capsys: pytest.Cap
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
-    assert "python -m analysis runs/demo --out" in capsys.readouterr().out
+    assert "vlmscale analyze runs/demo --out" in capsys.readouterr().out

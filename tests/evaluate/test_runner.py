@@ -21,8 +21,6 @@ from vlmscale.evaluate.runner import LoadedRun, answer_items, answer_one, load_r
 from vlmscale.records import ResultRow
 from vlmscale.train.step import build_model, model_inputs
 
-pytestmark = pytest.mark.xdist_group("runner")
-
 # The row of the records that join training and analysis, as the documents list it.
 ROW = (
     "run_id cell_id cohort_id sweep seed llm_name n_total n_nonembed vision_tower tower_flops compressor "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,6 @@ import pytest
 from tests.integration.tiny import DATA, SCENES, steps, train
 from vlmscale.cli import main
 from vlmscale.errors import disk_fault
-
-pytestmark = pytest.mark.xdist_group("full-disk")
-Mount = Callable[[str], Path]
 
 
 @pytest.fixture

@@ -14,8 +14,6 @@ from PIL import Image
 from tests.integration.tiny import LLAVA, lines, picture, read, talk, train, write_llava
 from vlmscale.cli import main
 
-pytestmark = pytest.mark.xdist_group("hostile")
-
 
 def image_record(name: str, file: str, question: str = "<image>\nWhat is this?") -> dict[str, Any]:
     return {"id": name, "image": file, "conversations": talk(question, f"a {name}")}

@@ -18,8 +18,6 @@ from vlmscale.cli import main
 from vlmscale.config import load_cell, load_sweep
 from vlmscale.train.prepared import prepare
 
-pytestmark = pytest.mark.xdist_group("sweep")
-
 FILE = """
 from vlmscale.config import Sweep, load_cell
 

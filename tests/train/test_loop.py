@@ -20,8 +20,6 @@ from vlmscale.train.loop import PreemptedError, open_run
 from vlmscale.train.loop import train as train_cell
 from vlmscale.train.prepared import Prepared, prepare
 
-pytestmark = pytest.mark.xdist_group("loop")
-
 STEPS = 60
 OFTEN = ("--config.train.checkpoint_every=2", "--config.train.heldout_every=30")
 
@@ -138,7 +136,7 @@ def test_a_finished_run_exits_0_at_once_and_another_config_is_refused(
     assert read(run / "status.json")["state"] == "trained"
     before = (run / "done.json").read_bytes(), (run / "metrics.jsonl").read_bytes()
     capsys.readouterr()
-    monkeypatch.setattr("vlmscale.train.prepared.prepare", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr("vlmscale.train.loop.train", lambda *_: pytest.fail("trained again"))
     assert train(run) == 0
     assert "already trained" in capsys.readouterr().out
     assert train(run, "--config.train.log_every=3") == 0, "a key that changes no result is no other config"

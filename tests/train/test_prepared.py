@@ -14,8 +14,6 @@ from vlmscale.data import scenes
 from vlmscale.errors import UserError
 from vlmscale.train.prepared import Prepared, encode_images, load_tower, pixels_of, prepare, tower_path
 
-pytestmark = pytest.mark.xdist_group("prepared")
-
 
 def nothing(*_: object) -> None:
     return None
