@@ -20,6 +20,8 @@ from tests.integration.tiny import (
 )
 from vlmscale.cli import main
 
+Capture = pytest.CaptureFixture[str]
+
 
 def refused(words: list[str], capsys: Capture, *parts: str) -> None:
     """Run the command line; it must exit with 2 and one line that has all `parts`."""

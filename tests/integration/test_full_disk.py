@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,8 @@ import pytest
 from tests.integration.tiny import DATA, SCENES, steps, train
 from vlmscale.cli import main
 from vlmscale.errors import disk_fault
+
+Mount = Callable[[str], Path]
 
 
 @pytest.fixture
