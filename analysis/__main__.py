@@ -1,98 +1,216 @@
-"""The command: python -m analysis DATA --out DIR."""
+"""The command: python -m analysis DATA... [--out DIR] [--json]; `vlmscale analyze` is the same."""
 
 from __future__ import annotations
 
 import argparse
-import json
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from analysis.data import BUILT_IN, DataError
-from analysis.report import write_report
 
-EXAMPLE = """example:
+EXAMPLE = """examples:
   vlmscale analyze runs/demo --out runs/demo/report
-  vlmscale analyze paper-reasoning --out runs/paper --bootstrap 10000 --json
+  vlmscale analyze paper-reasoning paper-ocr --out runs/paper
+  vlmscale analyze my.csv --text-tokens 80 --gen-tokens 10 --batch 32 --intensity 206 --budget 5e12 --json
 """
 
 
-def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
+def _whole(least: int) -> Any:
+    def parse(text: str) -> int:
+        if not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
 
 
-def _natural(text: str) -> int:
-    if not text.isdigit():
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
-    return int(text)
+def _real(least: float, *, above: bool = False) -> Any:
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or value < least or (above and value == least):
+            bound = "above" if above else "of at least"
+            raise argparse.ArgumentTypeError(f"expected a number {bound} {least:g}, got {text!r}")
+        return value
+
+    return parse
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's arguments."""
     result = argparse.ArgumentParser(
         prog="vlmscale analyze",
-        description="Fit scaling laws to a sweep and write a report: what to deploy for an inference budget.",
+        description=(
+            "Fit scaling laws to a sweep: which LLM and how many visual tokens for an inference budget."
+        ),
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument(
+    add = result.add_argument
+    add(
         "data",
         metavar="DATA",
-        help=f"a sweep directory with results.jsonl, a .jsonl or .csv file, or {' or '.join(BUILT_IN)}",
+        nargs="+",
+        help=f"sweep or run directories, .jsonl or .csv files, or {', '.join(BUILT_IN)}; several are pooled",
     )
-    result.add_argument("--out", metavar="DIR", type=Path, required=True, help="where the report goes")
-    result.add_argument(
-        "--bootstrap", metavar="R", type=_positive, default=2000, help="resamples (default 2000)"
+    add(
+        "--out", metavar="DIR", type=Path, help="write report.html, report.md, figures and analysis.json here"
     )
-    result.add_argument(
-        "--seed", metavar="S", type=_natural, default=0, help="seed of the resampling (default 0)"
+    add("--json", action="store_true", help="print the whole analysis as one JSON object on stdout")
+    add(
+        "--law",
+        metavar="NAME",
+        action="append",
+        help="fit this law alone (may be repeated), or all (default)",
     )
-    result.add_argument(
-        "--json", action="store_true", help="print the whole analysis as one JSON object on stdout"
+    add(
+        "--loss",
+        choices=("raw", "log", "huber", "binomial"),
+        default="raw",
+        help="default raw: squares of the error",
+    )
+    add("--bootstrap", metavar="R", type=_whole(1), default=10_000, help="resamples (default 10000)")
+    add("--seed", metavar="S", type=_whole(0), default=0, help="seed of the resampling (default 0)")
+    cost = result.add_argument_group("what an answer costs")
+    add = cost.add_argument
+    add(
+        "--cost",
+        choices=("flops", "latency"),
+        default="flops",
+        help="FLOPs by arithmetic, or the rows' latency_ms",
+    )
+    add(
+        "--text-tokens",
+        metavar="Q",
+        type=_real(0),
+        help="prompt text tokens (default: the data's mean, or 50)",
+    )
+    add("--gen-tokens", metavar="G", type=_real(0), default=0.0, help="decoded tokens (default 0)")
+    add("--system-tokens", metavar="S", type=_real(0), default=0.0, help="further prompt tokens (default 0)")
+    add("--batch", metavar="B", type=_real(1), default=1.0, help="answers decoded together (default 1)")
+    add(
+        "--intensity",
+        metavar="I",
+        type=_real(0),
+        default=0.0,
+        help="peak FLOP/s over bytes/s of the hardware (about 206 for an H200); default 0: FLOPs alone",
+    )
+    add("--query-pass", action="store_true", help="the compressor runs the LLM over the query first (QueCC)")
+    add(
+        "--tower-flops",
+        metavar="F",
+        type=_real(0),
+        default=0.0,
+        help="FLOPs of the tower an image (default 0)",
+    )
+    add(
+        "--token-flops",
+        metavar="F",
+        type=_real(0),
+        default=0.0,
+        help="FLOPs a visual token costs outside the LLM (default 0)",
+    )
+    add("--attention", action="store_true", help="count attention's quadratic term")
+    add(
+        "--budget",
+        metavar="C",
+        type=_real(0, above=True),
+        action="append",
+        default=[],
+        help="FLOPs (or ms) an answer; may be repeated; default: three inside the data",
     )
     return result
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns 0, or 2 with one line on stderr for unusable data or output place."""
+    """Run the command; returns 0, or 2 with one line on stderr for unusable data, options or output place."""
     args = parser().parse_args(argv)
+    # The fits run on the CPU in float64 on any machine: no accelerator needs to be woken for them.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
-        result = write_report(args.data, args.out, bootstrap=args.bootstrap, seed=args.seed)
-    except DataError as error:
+        return _run(args)
+    except (DataError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"error: {error.filename or args.out}: {error.strerror or error}", file=sys.stderr)
-        return 2
-    files = [args.out / name for name in ("report.html", "report.md", "analysis.json")]
-    for path in files:
-        print(f"wrote {path}", file=sys.stderr if args.json else sys.stdout)
-    if args.json:
-        print(json.dumps(result, allow_nan=False))
+    return 2
+
+
+def _run(args: argparse.Namespace) -> int:
+    from analysis.record import analysis_record, to_json
+    from analysis.study import analyze
+
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise ValueError(f"{args.out}: is not a directory; --out names the directory of the report")
+    analysis = analyze(args.data, _options(args), beside_paper=args.out is not None)
+    if all(study.table.n.size < 2 for study in analysis.studies):
+        cells = sum(study.table.n.size for study in analysis.studies)
+        raise DataError(
+            f"{analysis.dataset.source}: {cells} cells with an image measured; nothing can be compared"
+        )
+    if args.out is None:
+        result = analysis_record(analysis)
     else:
-        for line in _lines(result):
-            print(line)
+        from analysis.report import report_of
+
+        result = report_of(analysis, args.out)
+        for name in ("report.html", "report.md", "analysis.json"):
+            print(f"wrote {args.out / name}", file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(to_json(result), end="")
+    groups = [result, *result["more_groups"]]
+    for line in [line for group in groups for line in group["warnings"]]:
+        print(f"warning: {line}", file=sys.stderr)
+    if not args.json:
+        for group in groups:
+            print(_line(group))
     return 0
 
 
-def _lines(result: dict[str, Any]) -> list[str]:
-    """One line a group for the terminal: the ratio, or why there is none."""
-    lines = []
-    for group in result["groups"]:
-        laws = group["laws"]
-        verdict = laws[0]["verdict"] if laws else None
-        if verdict is None:
-            lines.append(f"{group['group']}: no law ({group['no_fit']})")
-        elif verdict["identified"]:
-            low, high = verdict["ratio_interval"]
-            lines.append(
-                f"{group['group']}: ratio {verdict['ratio']:.2f} [{low:.2f}, {high:.2f}] ({laws[0]['law']})"
-            )
-        else:
-            lines.append(f"{group['group']}: not identified ({verdict['reason']})")
-    return lines
+def _options(args: argparse.Namespace) -> Any:
+    from analysis.cost import FlopsCost
+    from analysis.laws import LAWS
+    from analysis.study import Options
+
+    names = args.law or ["all"]
+    laws = tuple(LAWS) if "all" in names else tuple(dict.fromkeys(name.replace("-", "_") for name in names))
+    cost = FlopsCost(
+        text_tokens=math.nan if args.text_tokens is None else args.text_tokens,
+        gen_tokens=args.gen_tokens,
+        system_tokens=args.system_tokens,
+        query_pass=args.query_pass,
+        batch=args.batch,
+        intensity=args.intensity,
+        fixed_flops=args.tower_flops,
+        flops_per_token=args.token_flops,
+        attention=args.attention,
+    )
+    latency = args.cost == "latency"
+    return Options(laws, args.bootstrap, args.seed, args.loss, cost, latency, tuple(args.budget))
+
+
+def _line(group: dict[str, Any]) -> str:
+    """One line a group for the terminal: the ratio and the best V, or why there is none."""
+    if group["best_law"] is None:
+        return f"{group['group']}: no law ({group['no_fit'] or 'none of the asked laws can be fitted'})"
+    law = group["laws"][group["best_law"]]
+    if not law["ratio_identified"]:
+        return f"{group['group']}: ratio not identified ({law['reason']})"
+    low, high = law["ratio_ci"]
+    text = f"{group['group']}: ratio {law['ratio']:.2f} [{low:.2f}, {high:.2f}] ({group['best_law']})"
+    best = group["optimum"]
+    if best is not None:
+        text += f", V* = {best['visual_tokens']:.3g}" + (
+            f" (a corner: {best['corner']})"
+            if best["corner"]
+            else f" [{best['ci'][0]:.3g}, {best['ci'][1]:.3g}]"
+        )
+    return text
 
 
 if __name__ == "__main__":

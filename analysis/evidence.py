@@ -59,18 +59,13 @@ def at_chance(table: Table) -> int | None:
     return int((score <= table.chance[known] + 2 * table.sampling_sd[known]).sum())
 
 
-def copied_cells(table: Table) -> list[tuple[int, int]]:
-    """Pairs (earlier, later) of different cells whose errors agree in eight or more decimals: likely a copy.
-
-    Only where item counts are unknown: a score counted over a few items repeats honestly.
+def iso_cost_pairs(table: Table, price: np.ndarray, within: float = 0.15) -> Falling:
+    """Pairs of cells of equal cost (within 15%), one with the larger LLM and the other with more visual
+    tokens: how many there are, and in how many the larger LLM has less error. price: [cells].
     """
-    seen: dict[float, int] = {}
-    pairs = []
-    for i, error in enumerate(table.error):
-        score = round(1 - float(error), 12)
-        if np.isfinite(table.n_items[i]) or abs(score * 1e7 - round(score * 1e7)) < 1e-3:
-            continue
-        if score in seen:
-            pairs.append((seen[score], i))
-        seen.setdefault(score, i)
-    return pairs
+    n, v = table.n, table.v
+    larger = (n[:, None] > n[None]) & (v[:, None] < v[None])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        near = np.abs(np.log(price[:, None] / price[None])) <= np.log1p(within)
+    both = larger & near
+    return Falling(int(both.sum()), int((both & (table.error[:, None] < table.error[None])).sum()))

@@ -1,90 +1,146 @@
-"""Least squares on the raw error, batched over targets: one fit and its residual bootstrap are the same code.
-
-Source of the method: Levenberg-Marquardt with diagonal damping (Marquardt 1963); AICc counts the noise
-variance as a parameter; the bootstrap resamples centred residuals scaled by sqrt(n / (n - k)).
+"""Fits of one law to one table: losses, starts, the active set of the paper's form, and what a fit is
+worth.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+from scipy.special import fdtrc
 
 from analysis.data import Table
-from analysis.laws import LAWS, Law, features
+from analysis.laws import LAWS, Frame, Law
+from analysis.solve import MAX_STEPS, solve
 
-MIN_FREEDOM = 3
+LOSSES = ("raw", "log", "huber", "binomial")
+MANY_CELLS = 2000  # above, the large-sample normal stands for resampling, which would take minutes
 _EXACT = 1e-20  # a sum of squares below this is rounding: AICc has no meaning
-_STEEP = 30.0  # a logit that moves this much over one standard deviation of ln N or ln V is a step, not a law
+_STEEP = 30.0  # an index that moves this far over the cells is a step between 0 and 1, not a law
+_TUNING = 1.345  # Huber's constant: 95% efficiency under normal noise
+
+
+class Cells(NamedTuple):
+    """What the solver needs of a table: centred coordinates, targets and weights, all [cells].
+
+    log_scale: targets are logarithms. delta: Huber's threshold in units of the targets, inf for squares.
+    shift: the law reads ln(V + shift).
+    """
+
+    frame: Frame
+    u: np.ndarray
+    w: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    log_scale: bool
+    delta: float
+    shift: float
+
+
+class Rows(NamedTuple):
+    """A batch of refits: theta [R, k], cost [R], converged [R], bound [R] (a bound is active), gradient
+    [R].
+    """
+
+    theta: np.ndarray
+    cost: np.ndarray
+    converged: np.ndarray
+    bound: np.ndarray
+    gradient: np.ndarray
 
 
 @dataclass(frozen=True)
 class Fit:
     """One law fitted to one table.
 
-    params: [3]. sse: sum of squared residuals in error units. r2 and aicc: None where undefined. sd: residual
-    standard deviation sqrt(sse / freedom). replicates: [resamples that converged, 3]. failed: the others'
-    count.
+    theta: [k], centred coordinates. objective: what was minimised. sse: weighted sum of squared residuals on
+    the scale of the loss (error for raw, ln error for log and huber). r2, aicc: None where undefined. sd:
+    residual standard deviation. freedom: cells - k. gradient: largest cosine between residuals and a free
+    column of the Jacobian (0 at an optimum). condition: of the Jacobian with unit columns. bounds: the
+    coefficients that sit on their bound 0.
     """
 
     law: Law
-    cells: int
-    params: np.ndarray
+    table: Table
+    cells: Cells
+    loss: str
+    theta: np.ndarray
+    objective: float
     sse: float
     r2: float | None
     aicc: float | None
     sd: float
     freedom: int
     converged: bool
-    replicates: np.ndarray
-    failed: int
-
-    def interval(self, index: int) -> tuple[float, float]:
-        """95% bootstrap interval of parameter `index`."""
-        return percentile_interval(self.replicates[:, index])
-
-    def predict(self, n: np.ndarray, v: np.ndarray) -> np.ndarray:
-        """Fitted error [cells] at n (a parameter count) and v (>= 1)."""
-        return self.law.predict(self.params, features(n, v))
-
-    def band(self, n: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(low, high), each [cells]: 95% bootstrap band of the fitted error (not of a new measurement)."""
-        spread = self.law.predict(self.replicates, features(n, v))
-        low, high = np.percentile(spread, [2.5, 97.5], axis=0)
-        return low, high
+    gradient: float
+    condition: float
+    bounds: tuple[str, ...]
 
     @property
-    def size_beats_tokens(self) -> float:
-        """Share of the resamples in which ln N has the larger coefficient than ln V."""
-        return float(np.mean(self.replicates[:, 1] > self.replicates[:, 2]))
+    def params(self) -> dict[str, float]:
+        """The parameters of the printed formula, N in billions."""
+        return {name: float(value) for name, value in self.law.natural(self.theta, self.cells.frame).items()}
+
+    @property
+    def ratio(self) -> float:
+        """Slope along ln N over slope along ln V, at the centre of the cells."""
+        return float(self.law.ratio(self.theta))
+
+    @property
+    def slopes(self) -> tuple[float, float]:
+        """Fall of the prediction per unit of ln N and of ln V at the centre of the cells, in units of
+        score.
+        """
+        step = 1e-5
+        at = np.array([step, -step, 0.0, 0.0]), np.array([0.0, 0.0, step, -step])
+        right, left, up, down = self.law.predict(self.theta, *at)
+        return float(left - right) / (2 * step), float(down - up) / (2 * step)
+
+    def predict(self, n: np.ndarray, v: np.ndarray, theta: np.ndarray | None = None) -> np.ndarray:
+        """Prediction [..., cells] at n (a parameter count) and v (>= 1), of `theta` [..., k] or of the
+        fit.
+        """
+        u, w = self.cells.frame.coordinates(n, np.asarray(v) + self.cells.shift)
+        return self.law.predict(self.theta if theta is None else theta, u, w)
+
+    def residuals(self) -> np.ndarray:
+        """target - prediction [cells] on the scale of the loss."""
+        return self.cells.targets - fitted(self)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the data tell the ratio of the two slopes; otherwise ratio and interval are None."""
-
-    identified: bool
-    reason: str
-    ratio: float | None
-    interval: tuple[float, float] | None
+def fitted(fit: Fit) -> np.ndarray:
+    """Prediction [cells] at the fit's own cells, on the scale of the loss."""
+    prediction = fit.law.predict(fit.theta, fit.cells.u, fit.cells.w)
+    return np.log(prediction) if fit.cells.log_scale else prediction
 
 
-def percentile_interval(values: np.ndarray) -> tuple[float, float]:
-    """2.5% and 97.5% percentiles of values [resamples]."""
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
-
-
-def why_no_fit(table: Table) -> str | None:
-    """Why no law can be fitted to `table`, in one clause, or None where one can."""
+def why_no_fit(table: Table, law: Law | None = None) -> str | None:
+    """Why no law (or this law) can be fitted to `table`, in one clause, or None where one can."""
     sizes, counts = table.sizes.size, table.token_counts.size
     if sizes < 2 or counts < 2:
         return f"{_plural(sizes, 'LLM size')} and {_plural(counts, 'token count')}; a law needs two of each"
     if table.n.size <= 3:
         return f"{table.n.size} cells measured; a law with three parameters needs at least four"
-    if np.linalg.matrix_rank(features(table.n, table.v)) < 3:
+    u, w = frame_of(table).coordinates(table.n, table.v)
+    if np.ptp(table.error) == 0:
+        return "every cell has the same error"
+    if np.linalg.matrix_rank(np.column_stack([np.ones_like(u), u, w])) < 3:
         return "LLM size and token count change together in every cell, so their effects cannot be told apart"
+    if law is None:
+        return None
+    if law.bounded and table.target != "error":
+        return f"the {law.name} law describes an error between 0 and 1, not a loss"
+    if table.n.size <= law.size:
+        return f"{table.n.size} cells measured; the {law.name} law has {law.size} parameters"
+    if (
+        law.name == "interaction"
+        and np.linalg.matrix_rank(np.column_stack([np.ones_like(u), u, w, u * w])) < 4
+    ):
+        return "the cells do not cross enough sizes with token counts to tell an interaction"
+    if law.name == "quadratic" and min(sizes, counts) < 3:
+        return "a quadratic law needs three LLM sizes and three token counts"
     return None
 
 
@@ -92,154 +148,279 @@ def _plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def least_squares(
-    law: Law, x: np.ndarray, targets: np.ndarray, max_steps: int = 200
-) -> tuple[np.ndarray, np.ndarray]:
-    """Parameters [R, 3] and converged [R] that minimise sum (target - prediction)^2 for targets [R, cells].
+def frame_of(table: Table) -> Frame:
+    """The centre of a table's cells."""
+    return Frame(float(np.log(table.n / 1e9).mean()), float(np.log(table.v).mean()))
 
-    x: [cells, 3] of `features`, of full rank. The log-linear law is solved in closed form; the logit-linear
-    law by damped Gauss-Newton from the linear fit of the clipped logits, in standardised coordinates.
+
+def fit(law: Law, table: Table, *, loss: str = "raw", delta: float | None = None, shift: float = 0.0) -> Fit:
+    """Fit `law` to `table`.
+
+    loss: 'raw' (least squares of the error, the default), 'log' (of its logarithm), 'huber' (Huber's loss of
+    the logarithm, delta in units of ln error; by default 1.345 robust standard deviations, so that it scales
+    with the noise; 1e-3 is the constant of the language-model literature) or 'binomial' (squares weighted by
+    1 / (p(1-p)/items + extra variance)). shift: the law reads ln(V + shift) instead of ln V. Raises
+    ValueError for a table that the law cannot be fitted to (see `why_no_fit`), an unknown loss, a loss in
+    logarithms of an error that is not positive, or 'binomial' without item counts.
     """
-    middle, scale = x[:, 1:].mean(axis=0), x[:, 1:].std(axis=0)
-    z = np.column_stack([np.ones(len(x)), (x[:, 1:] - middle) / scale])
-    if law.logistic:
-        clipped = np.clip(targets, 1e-3, 1 - 1e-3)
-        start = np.linalg.lstsq(z, np.log((1 - clipped) / clipped).T, rcond=None)[0].T
-        params, converged = _damped(law, z, targets, start, max_steps)
-    else:
-        params = np.linalg.lstsq(law.jacobian(np.zeros(3), z), targets.T, rcond=None)[0].T
-        converged = np.isfinite(params).all(axis=1)
-    slopes = params[:, 1:] / scale
-    shift = slopes @ middle
-    level = params[:, 0] - shift if law.logistic else params[:, 0] + shift
-    return np.column_stack([level, slopes]), converged
-
-
-def _damped(
-    law: Law, z: np.ndarray, targets: np.ndarray, start: np.ndarray, max_steps: int
-) -> tuple[np.ndarray, np.ndarray]:
-    params = start.copy()
-    residual = targets - law.predict(params, z)
-    cost = (residual**2).sum(axis=1)
-    damping = np.full(len(targets), 1e-3)
-    converged = np.zeros(len(targets), dtype=bool)
-    for _ in range(max_steps):
-        active = np.flatnonzero(~converged)
-        if active.size == 0:
-            break
-        jac = law.jacobian(params[active], z)
-        normal = np.einsum("rci,rcj->rij", jac, jac)
-        gradient = np.einsum("rci,rc->ri", jac, residual[active])
-        diagonal = np.einsum("rii->ri", normal)
-        shift = damping[active, None] * diagonal + 1e-14 * diagonal.max(axis=1, keepdims=True) + 1e-300
-        step = np.linalg.solve(normal + shift[:, :, None] * np.eye(3), gradient[..., None])[..., 0]
-        trial = params[active] + step
-        trial_residual = targets[active] - law.predict(trial, z)
-        trial_cost = (trial_residual**2).sum(axis=1)
-        better = trial_cost <= cost[active]
-        small = np.abs(step).max(axis=1) <= 1e-11 * (1.0 + np.abs(params[active]).max(axis=1))
-        accepted = active[better]
-        params[accepted], residual[accepted] = trial[better], trial_residual[better]
-        cost[accepted] = trial_cost[better]
-        damping[active] = np.where(better, np.maximum(damping[active] * 0.2, 1e-14), damping[active] * 8.0)
-        gain = np.einsum("ri,ri->r", gradient, step)
-        small |= gain <= 1e-13 * cost[active]
-        # A tiny step means an optimum only while the damping is low: elsewhere it means a stall.
-        converged[active] = small & (damping[active] < 1e3) & np.isfinite(trial_cost)
-    return params, converged & (np.abs(params) < _STEEP).all(axis=1)
-
-
-def fit_law(law: Law, table: Table, bootstrap: int = 2000, seed: int = 0) -> Fit:
-    """Fit `law` to `table` and resample its residuals `bootstrap` times from `seed`.
-
-    The table must satisfy `why_no_fit(table) is None`; raises ValueError otherwise or for bootstrap < 1.
-    """
-    reason = why_no_fit(table)
+    reason = why_no_fit(table, law)
     if reason is not None:
         raise ValueError(reason)
-    if bootstrap < 1:
-        raise ValueError(f"bootstrap must be at least 1, got {bootstrap}")
-    x, y = features(table.n, table.v), table.error
-    found, converged = least_squares(law, x, y[None])
-    params = found[0]
-    fitted = law.predict(params, x)
-    residual = y - fitted
-    cells, freedom = y.size, y.size - 3
-    sse, spread = float(residual @ residual), float(((y - y.mean()) ** 2).sum())
-    draws = np.random.default_rng(seed).integers(0, cells, size=(bootstrap, cells))
-    noise = (residual - residual.mean()) * math.sqrt(cells / freedom)
-    replicates, good = least_squares(law, x, fitted + noise[draws])
-    return Fit(
-        law=law,
-        cells=cells,
-        params=params,
-        sse=sse,
-        r2=1 - sse / spread if spread > 0 else None,
-        aicc=_aicc(sse, cells),
-        sd=math.sqrt(sse / freedom),
-        freedom=freedom,
-        converged=bool(converged[0]),
-        replicates=replicates[good],
-        failed=int((~good).sum()),
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss!r}; known: {', '.join(LOSSES)}")
+    cells = _cells(table, loss, shift)
+    if loss == "huber":
+        cells = cells._replace(delta=_noise_delta(law, cells) if delta is None else float(delta))
+    found = fit_rows(law, cells, cells.targets[None], cells.weights[None])
+    if loss == "binomial":
+        cells, found = _reweighted(law, table, cells, found)
+    return _describe(law, table, cells, loss, found)
+
+
+def _cells(table: Table, loss: str, shift: float) -> Cells:
+    log_n, log_v = np.log(table.n / 1e9), np.log(table.v + shift)
+    frame = Frame(float(log_n.mean()), float(log_v.mean()))
+    log_scale = loss in ("log", "huber")
+    if log_scale and table.error.min() <= 0:
+        raise ValueError(f"loss {loss!r} takes logarithms, and a cell of {table.group} has no error at all")
+    if loss == "binomial" and not np.isfinite(table.sampling_sd).all():
+        raise ValueError("loss 'binomial' needs n_items in every row")
+    targets = np.log(table.error) if log_scale else table.error
+    return Cells(
+        frame,
+        log_n - frame.ln_n,
+        log_v - frame.ln_v,
+        targets,
+        np.ones_like(targets),
+        log_scale,
+        np.inf,
+        shift,
     )
 
 
-def _aicc(sse: float, cells: int, parameters: int = 4) -> float | None:
-    """Corrected Akaike criterion with the noise variance counted; None for too few cells or an exact fit."""
-    if cells <= parameters + 1 or sse <= _EXACT:
+def _noise_delta(law: Law, cells: Cells) -> float:
+    """1.345 robust standard deviations of the residuals, iterated from least squares until it settles."""
+    for _ in range(20):
+        found = fit_rows(law, cells, cells.targets[None], cells.weights[None])
+        residual = cells.targets - np.log(law.predict(found.theta[0], cells.u, cells.w))
+        scale = float(np.median(np.abs(residual - np.median(residual)))) / 0.6745
+        delta = max(_TUNING * scale, 1e-12)
+        if abs(delta - cells.delta) <= 1e-6 * delta:
+            break
+        cells = cells._replace(delta=delta)
+    return delta
+
+
+def _reweighted(law: Law, table: Table, cells: Cells, found: Rows) -> tuple[Cells, Rows]:
+    """Quasi-binomial fit: weights and extra variance (by moments) from the fit, until the weights settle."""
+    items = np.maximum(table.error * (1 - table.error), 1e-4) / table.sampling_sd.clip(1e-9) ** 2
+    for _ in range(100):
+        p = np.clip(law.predict(found.theta[0], cells.u, cells.w), 1e-3, 1 - 1e-3)
+        noise = p * (1 - p) / items
+        square = (cells.targets - p) ** 2
+        share = 1 - law.size / p.size
+        extra = _extra_variance(square / share, noise)
+        weights = 1 / (noise + extra)
+        weights /= weights.mean()
+        settled = float(np.abs(weights - cells.weights).max()) <= 1e-10
+        cells = cells._replace(weights=weights)
+        found = fit_rows(law, cells, cells.targets[None], cells.weights[None], start=found.theta)
+        if settled:
+            break
+    return cells, found
+
+
+def _extra_variance(square: np.ndarray, noise: np.ndarray) -> float:
+    """t >= 0 with mean(square / (noise + t)) = 1, by bisection; 0 where the noise alone explains the
+    squares.
+    """
+    if float(np.mean(square / noise)) <= 1:
+        return 0.0
+    low, high = 0.0, float(square.max())
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if float(np.mean(square / (noise + middle))) > 1 else (low, middle)
+    return high
+
+
+def fit_rows(
+    law: Law,
+    cells: Cells,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    *,
+    start: np.ndarray | None = None,
+    held: np.ndarray | None = None,
+    max_steps: int = MAX_STEPS,
+    warm: bool = False,
+) -> Rows:
+    """Refit `law` for every row of targets and weights [R, cells], at the coordinates of `cells`.
+
+    start: [R, k] or [1, k] (warm: near the optima); by default every row starts from its own linear
+    regression (the additive laws from several splits, of which the best end counts). held: see `solve`. The
+    paper's form is fitted without its bound; rows whose D falls below 0 take the fit with D = 0, the power
+    law (the optimum sits on the bound).
+    """
+    rows = max(targets.shape[0], weights.shape[0])
+    starts = (
+        starting_points(law, cells, targets, weights)
+        if start is None
+        else np.broadcast_to(start, (rows, law.size))
+    )
+    many, shape = starts.shape[0] // rows, (rows, cells.u.size)
+    found = solve(
+        # The paper's form is the regular law until its bound is looked at: one program for both.
+        LAWS["regular"] if law.name == "paper" else law,
+        cells.u,
+        cells.w,
+        np.repeat(np.broadcast_to(targets, shape), many, axis=0) if many > 1 else targets,
+        np.repeat(np.broadcast_to(weights, shape), many, axis=0) if many > 1 else weights,
+        np.ascontiguousarray(starts),
+        held=None if held is None else np.repeat(held, many, axis=0),
+        log_scale=cells.log_scale,
+        delta=cells.delta,
+        max_steps=max_steps,
+        warm=warm,
+    )
+    cost = np.where(np.isfinite(found.cost), found.cost, np.inf).reshape(rows, many)
+    index = np.arange(rows) * many + cost.argmin(axis=1)
+    theta, best = found.theta[index], found.cost[index]
+    converged, gradient = found.converged[index], found.gradient[index]
+    bound = np.zeros(rows, dtype=bool)
+    if law.floor:
+        bound = (theta <= np.array(law.floor)).any(axis=1)
+    if law.name == "paper":
+        bound = ~(theta[:, 3] * theta[:, 0] >= 1)
+        if bound.any():
+            power = fit_rows(
+                LAWS["power"],
+                cells,
+                np.broadcast_to(targets, shape)[bound],
+                np.broadcast_to(weights, shape)[bound],
+                held=None if held is None else held[bound],
+                max_steps=max_steps,
+            )
+            level, alpha, beta = power.theta.T
+            grow = np.exp(np.clip(level, -300.0, 300.0))
+            theta, best = theta.copy(), best.copy()
+            theta[bound] = np.column_stack([grow, alpha * grow, beta * grow, 1 / grow])
+            best[bound], converged[bound], gradient[bound] = power.cost, power.converged, power.gradient
+    if law.link is not None:
+        reach = np.abs(theta[:, 1:3]) @ np.array([np.ptp(cells.u), np.ptp(cells.w)])
+        converged = converged & (reach < _STEEP)
+    return Rows(theta, best, converged, bound, gradient)
+
+
+def starting_points(law: Law, cells: Cells, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[R * S, k]: from the weighted regression of each row on the law's own scale; S > 1 for additive
+    laws.
+    """
+    rows = max(targets.shape[0], weights.shape[0])
+    level = np.exp(targets) if cells.log_scale else targets
+    if law.bounded:
+        level = np.clip(level, 1e-3, 1 - 1e-3)
+    y = law.link(level) if law.link else level
+    x = np.column_stack([np.ones_like(cells.u), -cells.u, -cells.w])
+    normal = np.einsum("rc,ci,cj->rij", weights, x, x)
+    normal += 1e-12 * np.trace(normal, axis1=1, axis2=2)[:, None, None] * np.eye(3)
+    right = np.einsum("rc,ci->ri", weights * y, x)
+    line = np.broadcast_to(np.linalg.solve(normal, right[..., None])[..., 0], (rows, 3))
+    if not law.floor:
+        return np.concatenate([line, np.zeros((rows, law.size - 3))], axis=1)
+    points = []
+    # One start where the cells are so many that every step counts and the optimum is sharp.
+    splits = (
+        ((0.5, 0.0), (0.25, 0.0), (0.75, 0.0), (0.5, 0.6), (0.5, 0.9))
+        if cells.u.size <= MANY_CELLS
+        else ((0.5, 0.0),)
+    )
+    for share, rest in splits:
+        whole = np.maximum(line[:, 0], 1e-6) * (1 - rest)
+        point = [whole * share, line[:, 1], whole * (1 - share), line[:, 2], np.maximum(line[:, 0], 0) * rest]
+        points.append(np.stack(point + [np.zeros(rows)] * (law.size - 5), axis=1))
+    return np.stack(points, axis=1).reshape(rows * len(points), law.size)
+
+
+def jacobian(law: Law, theta: np.ndarray, u: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """d prediction / d theta [..., cells, k] at theta [..., k], by central differences (9 digits or so:
+    enough for standard errors; the solver's own derivatives are exact).
+    """
+    columns = []
+    for i in range(law.size):
+        step = np.zeros(theta.shape)
+        step[..., i] = 1e-6 * np.maximum(np.abs(theta[..., i]), 1e-3)
+        ahead, behind = law.predict(theta + step, u, w), law.predict(theta - step, u, w)
+        columns.append((ahead - behind) / (2 * step[..., i, None]))
+    return np.stack(columns, axis=-1)
+
+
+def scaled_jacobian(fit: Fit) -> np.ndarray:
+    """Jacobian [cells, k] on the scale of the loss, rows times the square root of the weights."""
+    jac = jacobian(fit.law, fit.theta, fit.cells.u, fit.cells.w)
+    if fit.cells.log_scale:
+        jac = jac / fit.law.predict(fit.theta, fit.cells.u, fit.cells.w)[:, None]
+    return jac * np.sqrt(fit.cells.weights)[:, None]
+
+
+def covariance(fit: Fit) -> np.ndarray:
+    """[k, k]: sd^2 (J'J)^-1, the large-sample covariance of theta (a pseudo-inverse where J is singular)."""
+    jac = scaled_jacobian(fit)
+    length = np.linalg.norm(jac, axis=0)
+    if not np.isfinite(length).all():
+        return np.full((fit.law.size, fit.law.size), np.inf)
+    length = np.where(length > 0, length, 1.0)
+    unit = jac / length
+    return np.asarray(fit.sd**2 * np.linalg.pinv(unit.T @ unit, rcond=1e-14) / np.outer(length, length))
+
+
+def _describe(law: Law, table: Table, cells: Cells, loss: str, found: Rows) -> Fit:
+    theta, count = found.theta[0], cells.u.size
+    prediction = law.predict(theta, cells.u, cells.w)
+    residual = cells.targets - (np.log(prediction) if cells.log_scale else prediction)
+    sse = float(cells.weights @ residual**2)
+    middle = np.average(cells.targets, weights=cells.weights)
+    spread = float(cells.weights @ (cells.targets - middle) ** 2)
+    freedom = count - law.size
+    objective = float(found.cost[0]) / 2 if loss == "huber" else float(found.cost[0])
+    held = np.array(law.floor) if law.floor else np.full(law.size, -np.inf)
+    bounds = tuple(name for name, at in zip(law.coordinates, theta <= held, strict=True) if at)
+    jac = jacobian(law, theta, cells.u, cells.w) * np.sqrt(cells.weights)[:, None]
+    length = np.linalg.norm(jac, axis=0)
+    singular = np.linalg.svd(jac / np.where(length > 0, length, 1.0), compute_uv=False)
+    return Fit(
+        law=law,
+        table=table,
+        cells=cells,
+        loss=loss,
+        theta=theta,
+        objective=objective,
+        sse=sse,
+        r2=1 - sse / spread if spread > 0 else None,
+        aicc=aicc(sse, count, law.size),
+        sd=math.sqrt(sse / freedom) if freedom else math.nan,
+        freedom=freedom,
+        converged=bool(found.converged[0]),
+        gradient=float(found.gradient[0]),
+        condition=float(singular[0] / singular[-1]) if singular[-1] > 0 else math.inf,
+        bounds=("D",) if law.name == "paper" and found.bound[0] else bounds,
+    )
+
+
+def aicc(sse: float, cells: int, parameters: int) -> float | None:
+    """Corrected Akaike criterion, the noise variance counted; None for too few cells or an exact fit."""
+    counted = parameters + 1
+    if cells <= counted + 1 or sse <= _EXACT:
         return None
-    penalty = 2 * parameters + 2 * parameters * (parameters + 1) / (cells - parameters - 1)
+    penalty = 2 * counted + 2 * counted * (counted + 1) / (cells - counted - 1)
     return cells * math.log(sse / cells) + penalty
 
 
-def judge(fit: Fit) -> Verdict:
-    """The verdict on a fit: identified only if the 95% intervals of both slopes and of their ratio are
-    positive.
-
-    Otherwise the verdict says what fails, and gives no ratio.
+def f_test(small: Fit, large: Fit) -> tuple[float, float]:
+    """(F, p) of the nested law `small` against `large`, fitted to the same cells with the same loss; NaN
+    where `large` leaves no residual to judge by.
     """
-    size, token = fit.law.parameters[1:]
-    if not fit.converged or fit.replicates.shape[0] < 0.99 * (fit.replicates.shape[0] + fit.failed):
-        return _unknown(
-            "the fit runs away: some cells are at 0 or 1, so the slopes have no finite best value"
-        )
-    if fit.r2 is None:
-        return _unknown("every cell has the same error")
-    if fit.freedom < MIN_FREEDOM:
-        return _unknown(f"{fit.cells} cells leave {fit.freedom} degrees of freedom, too few for an interval")
-    for index, name, what in ((2, token, "visual tokens"), (1, size, "LLM size")):
-        low, high = fit.interval(index)
-        if high < 0:
-            return _unknown(
-                f"error rises with {what}: {name} = {fit.params[index]:.3g} [{low:.3g}, {high:.3g}]"
-            )
-        if low <= 0:
-            return _unknown(
-                f"the effect of {what} cannot be told from zero: {name} = {fit.params[index]:.3g} "
-                f"[{low:.3g}, {high:.3g}]"
-            )
-    # By angle, so that a resample with a slope of token count below zero counts as a ratio beyond infinity.
-    low, high = percentile_interval(np.arctan2(fit.replicates[:, 1], fit.replicates[:, 2]))
-    if low <= 0 or high >= math.pi / 2:
-        return _unknown(f"the interval of {size}/{token} is not finite and positive")
-    low, high = math.tan(low), math.tan(high)
-    return Verdict(True, _reading(low, high), float(fit.params[1] / fit.params[2]), (low, high))
-
-
-def _unknown(reason: str) -> Verdict:
-    return Verdict(False, reason, None, None)
-
-
-def _reading(low: float, high: float) -> str:
-    if low > 1:
-        return "identified: LLM size matters more than visual tokens"
-    if high < 1:
-        return "identified: visual tokens matter more than LLM size"
-    return "identified, but whether size or tokens matter more is open: the interval contains 1"
-
-
-def fit_all(table: Table, bootstrap: int = 2000, seed: int = 0) -> dict[str, Fit]:
-    """Every law of `LAWS` fitted to `table`, best first (AICc, or the sum of squares if undefined)."""
-    fits = [fit_law(law, table, bootstrap, seed) for law in LAWS.values()]
-    fits.sort(key=lambda fit: (not fit.converged, fit.aicc if fit.aicc is not None else -math.inf, fit.sse))
-    return {fit.law.name: fit for fit in fits}
+    extra = large.law.size - small.law.size
+    if large.sse <= _EXACT or large.freedom < 1:
+        return math.nan, math.nan
+    value = (small.sse - large.sse) / extra / (large.sse / large.freedom)
+    return value, float(fdtrc(extra, large.freedom, max(value, 0.0)))

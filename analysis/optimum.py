@@ -1,8 +1,8 @@
-"""What to run for a budget: the best (N, V) of a law, of the measured cells, and how sure that is.
+"""Which LLM and how many visual tokens for a budget, from a fit or from the measured cells alone.
 
-The cost is the LLM's prefill, 2 N (Q + V) FLOPs (arXiv 2411.03312): N parameters, Q text tokens, V visual
-tokens. The vision tower, decoding and memory traffic are not in it. For a law in a ln N + b ln V the best V
-at a fixed cost is Q / (a/b - 1) whatever the budget, inside the range of V that was measured.
+A single-index law at a cost N (Qe + V) has a closed form: maximise b ln V - a ln(Qe + V), so V* = Qe / (a/b -
+1) inside the allowed V, whatever the budget, and visual tokens take the share b/a of the prefill. Every other
+law or cost is minimised on a fine grid of ln V, refined by a parabola.
 """
 
 from __future__ import annotations
@@ -12,100 +12,170 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from analysis.bootstrap import Replicates, percentile_interval
+from analysis.cost import Cost, FlopsCost
 from analysis.data import Table
-from analysis.fit import Fit, percentile_interval
+from analysis.fit import Fit
+
+_GRID = 513
+_BLOCK = 1024
 
 
-def prefill_flops(n: np.ndarray | float, v: np.ndarray | float, q: float) -> np.ndarray:
-    """LLM prefill FLOPs 2 n (q + v): n parameters (a count), v visual and q text tokens; broadcasts."""
-    return np.asarray(2.0 * np.asarray(n) * (q + np.asarray(v)))
+def index_tokens(
+    by_size: np.ndarray, by_tokens: np.ndarray, q: float, v_min: float, v_max: float
+) -> np.ndarray:
+    """V [...] in [v_min, v_max] that minimises a single-index law at cost N (q + V), for slopes [...] of any
+    sign.
 
-
-def best_tokens(params: np.ndarray, q: float, v_min: float, v_max: float) -> np.ndarray:
-    """V [...] in [v_min, v_max] that minimises the error at a fixed cost, for params [..., 3] of either law.
-
-    Maximises b ln V - a ln(q + V) over the corners and the stationary point q / (a/b - 1); a and b may have
-    any sign, as they do in a resample.
+    Looks at both corners and the stationary point q / (a/b - 1).
     """
-    a, b = params[..., 1], params[..., 2]
+    a, b = np.asarray(by_size), np.asarray(by_tokens)
     with np.errstate(divide="ignore", invalid="ignore"):
         inner = b * q / (a - b)
     inner = np.where((inner > v_min) & (inner < v_max), inner, v_min)
     options = np.stack([np.full_like(inner, v_min), inner, np.full_like(inner, v_max)])
     gain = b * np.log(options) - a * np.log(q + options)
-    return np.take_along_axis(options, gain.argmax(axis=0)[None], axis=0)[0]
+    return np.asarray(np.take_along_axis(options, gain.argmax(axis=0)[None], axis=0)[0])
 
 
-@dataclass(frozen=True)
-class TokenChoice:
-    """V*(Q): the best token count, its 95% interval, and the corner it sits in ('V_min', 'V_max' or '')."""
+def best_tokens(
+    fit: Fit, theta: np.ndarray, cost: Cost, budget: float, v_min: float, v_max: float
+) -> np.ndarray:
+    """V* [R] in [v_min, v_max] of theta [R, k] for `budget`; NaN where the budget buys no LLM at any V."""
+    if fit.law.single_index and cost.plain and isinstance(cost, FlopsCost) and fit.cells.shift == 0:
+        by_size, by_tokens = fit.law.slopes(theta)
+        return index_tokens(by_size, by_tokens, cost.effective_tokens, v_min, v_max)
+    if v_max <= v_min:
+        return np.full(theta.shape[0], v_min)
+    grid = np.linspace(math.log(v_min), math.log(v_max), _GRID)
+    v = np.exp(grid)
+    n = cost.size_for(budget, v)
+    if not (n > 0).any():
+        return np.full(theta.shape[0], np.nan)
+    pieces = []
+    for first in range(0, theta.shape[0], _BLOCK):
+        error = fit.predict(np.maximum(n, 1.0), v, theta[first : first + _BLOCK])
+        error = np.where((n > 0) & np.isfinite(error), error, np.inf)
+        pieces.append(np.exp(_valley(grid, error)))
+    return np.concatenate(pieces)
 
-    q: float
-    v: float
-    interval: tuple[float, float]
-    corner: str
 
-
-def token_choice(fit: Fit, q: float, v_min: float, v_max: float) -> TokenChoice:
-    """V*(q) of a fit within the measured range, with the bootstrap interval and a flag for a corner."""
-    v = float(best_tokens(fit.params, q, v_min, v_max))
-    corner = "V_min" if v == v_min else "V_max" if v == v_max else ""
-    return TokenChoice(q, v, percentile_interval(best_tokens(fit.replicates, q, v_min, v_max)), corner)
+def _valley(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Place of the least y [R, G] on the even grid x [G], by the parabola through the lowest point."""
+    low = y.argmin(axis=1)
+    inner = (low > 0) & (low < x.size - 1)
+    middle = np.clip(low, 1, x.size - 2)
+    row = np.arange(y.shape[0])
+    left, centre, right = (y[row, middle + d] for d in (-1, 0, 1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shift = 0.5 * (left - right) / (left - 2 * centre + right)
+    shift = np.where(inner & np.isfinite(shift), np.clip(shift, -1, 1), 0.0)
+    return np.asarray(x[low] + shift * (x[1] - x[0]))
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The law's best point for a budget, N free of any menu; `extrapolated` says N lies outside the measured
-    sizes.
+    """The best point of a law for one budget, V kept within the allowed range.
+
+    v, n: V* and N*, with 95% bootstrap intervals (None without resamples). corner: 'V_min', 'V_max' or '' for
+    an inner optimum. share: visual tokens over all prefill-equivalent tokens (None for a latency). error,
+    band: the fitted error there. indifference: the V whose fitted error at this cost is within one residual
+    sd of the best. extrapolated: N* lies outside the measured sizes.
     """
 
     budget: float
     v: float
+    v_interval: tuple[float, float] | None
     n: float
-    n_interval: tuple[float, float]
+    n_interval: tuple[float, float] | None
+    corner: str
+    share: float | None
     error: float
-    band: tuple[float, float]
+    band: tuple[float, float] | None
+    indifference: tuple[float, float]
     extrapolated: bool
 
 
-def optimum(fit: Fit, table: Table, budget: float, q: float) -> Optimum:
-    """The best V*(q) and N* = budget / (2 (q + V*)) in parameters, with the fitted error and its 95% band."""
-    choice = token_choice(fit, q, float(table.v.min()), float(table.v.max()))
-    v = choice.v
-    n = budget / (2.0 * (q + v))
-    n_low, n_high = (budget / (2.0 * (q + edge)) for edge in reversed(choice.interval))
-    at = np.array([n]), np.array([v])
-    low, high = fit.band(*at)
+def optimum(
+    fit: Fit,
+    cost: Cost,
+    budget: float,
+    replicates: Replicates | None = None,
+    v_range: tuple[float, float] | None = None,
+) -> Optimum | None:
+    """V*, N* and how flat the optimum is; V within `v_range`, by default the measured one.
+
+    None where the budget buys no LLM at any V.
+    """
+    table = fit.table
+    v_min, v_max = v_range or (float(table.v.min()), float(table.v.max()))
+    v = float(best_tokens(fit, fit.theta[None], cost, budget, v_min, v_max)[0])
+    if not math.isfinite(v):
+        return None
+    n = float(cost.size_for(budget, v))
+    if n <= 0:
+        return None
+    v_interval = n_interval = band = None
+    if replicates is not None and replicates.theta.size:
+        spread = best_tokens(fit, replicates.theta, cost, budget, v_min, v_max)
+        v_interval = percentile_interval(spread)
+        n_interval = percentile_interval(cost.size_for(budget, spread))
+        band = percentile_interval(fit.predict(np.array([n]), np.array([v]), replicates.theta)[:, 0])
     outside = not table.n.min() * (1 - 1e-9) <= n <= table.n.max() * (1 + 1e-9)
     return Optimum(
-        budget, v, n, (n_low, n_high), float(fit.predict(*at)[0]), (float(low[0]), float(high[0])), outside
+        budget,
+        v,
+        v_interval,
+        n,
+        n_interval,
+        _corner(v, v_min, v_max),
+        v / (cost.effective_tokens + v) if isinstance(cost, FlopsCost) else None,
+        float(fit.predict(np.array([n]), np.array([v]))[0]),
+        band,
+        indifference(fit, cost, budget, v_min, v_max),
+        outside,
     )
 
 
-def optimal_path(fit: Fit, table: Table, budgets: np.ndarray, q: float) -> tuple[np.ndarray, np.ndarray]:
-    """(n, v), each [budgets]: the law's best point that spends each budget inside the measured ranges of N
-    and V.
-    """
-    n_min, n_max, v_min, v_max = (
-        float(x) for x in (table.n.min(), table.n.max(), table.v.min(), table.v.max())
-    )
-    least = np.maximum(v_min, budgets / (2 * n_max) - q)
-    most = np.minimum(v_max, budgets / (2 * n_min) - q)
-    v = np.clip(float(best_tokens(fit.params, q, v_min, v_max)), least, np.maximum(most, least))
-    return budgets / (2 * (q + v)), v
+def _corner(v: float, v_min: float, v_max: float) -> str:
+    near = 1e-9 * v
+    return "V_min" if v <= v_min + near else "V_max" if v >= v_max - near else ""
 
 
-def indifference(fit: Fit, q: float, budget: float, v_min: float, v_max: float) -> tuple[float, float]:
+def indifference(fit: Fit, cost: Cost, budget: float, v_min: float, v_max: float) -> tuple[float, float]:
     """(low, high) V in [v_min, v_max] with fitted error at this cost within one residual sd of the best."""
     v = np.geomspace(v_min, v_max, 8001)
-    error = fit.predict(budget / (2 * (q + v)), v)
+    n = cost.size_for(budget, v)
+    error = np.where(n > 0, fit.predict(np.maximum(n, 1.0), v), np.inf)
     inside = v[error <= error.min() + fit.sd]
     return float(inside[0]), float(inside[-1])
 
 
+def multipliers(fit: Fit, cost: Cost, budget: float, v: np.ndarray) -> np.ndarray:
+    """[V] how many times `budget` each v needs for the fitted error that the best V reaches with `budget`.
+
+    NaN where no budget up to a million times as large does.
+    """
+    best = optimum(fit, cost, budget)
+    if best is None:
+        return np.full(v.size, np.nan)
+    low, high = np.zeros(v.size), np.full(v.size, math.log(1e6))
+
+    def error(factor: np.ndarray) -> np.ndarray:
+        n = cost.size_for(budget * np.exp(factor), v)
+        return np.where(n > 0, fit.predict(np.maximum(n, 1.0), v), np.inf)
+
+    reachable = error(high) <= best.error
+    for _ in range(60):
+        middle = (low + high) / 2
+        enough = error(middle) <= best.error
+        low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+    return np.where(reachable, np.exp(high), np.nan)
+
+
 @dataclass(frozen=True)
 class Pick:
-    """One (N, V) for a budget: its error and, for the law's pick, the band; `cost` in FLOPs."""
+    """One (N, V) for a budget: its error and, where known, a 95% band."""
 
     llm_name: str
     n: float
@@ -115,53 +185,84 @@ class Pick:
     band: tuple[float, float] | None
 
 
-def measured_pick(table: Table, budget: float, q: float) -> Pick | None:
+def measured_pick(table: Table, budget: float, cost: Cost) -> Pick | None:
     """The measured cell of least error whose cost is within `budget` (the cheaper one of equals), or None."""
-    cost = prefill_flops(table.n, table.v, q)
-    allowed = np.flatnonzero(cost <= budget * (1 + 1e-12))
+    price = measured_cost(table, cost)
+    allowed = np.flatnonzero(price <= budget * (1 + 1e-12))
     if allowed.size == 0:
         return None
-    i = min(allowed, key=lambda j: (table.error[j], cost[j]))
-    noise = float(table.sampling_sd[i])
-    error = float(table.error[i])
+    i = min(allowed, key=lambda j: (table.error[j], price[j]))
+    noise, error = float(table.sampling_sd[i]), float(table.error[i])
     band = (error - 1.96 * noise, error + 1.96 * noise) if math.isfinite(noise) else None
-    return Pick(table.llm_name[i], float(table.n[i]), float(table.v[i]), float(cost[i]), error, band)
+    return Pick(table.llm_name[i], float(table.n[i]), float(table.v[i]), float(price[i]), error, band)
 
 
-def law_pick(fit: Fit, table: Table, budget: float, q: float) -> Pick | None:
-    """The law's choice for `budget` among every measured LLM with every measured V, or None if none is cheap
-    enough.
+def measured_cost(table: Table, cost: Cost) -> np.ndarray:
+    """[cells] cost of each cell: its own latency where that was measured, else by the cost's formula."""
+    price = cost(table.n, table.v)
+    if isinstance(cost, FlopsCost):
+        return price
+    return np.where(np.isfinite(table.latency_ms), table.latency_ms, price)
+
+
+def law_pick(
+    fit: Fit,
+    budget: float,
+    cost: Cost,
+    replicates: Replicates | None = None,
+    sizes: np.ndarray | None = None,
+    counts: np.ndarray | None = None,
+) -> Pick | None:
+    """The law's choice for `budget` from a menu of LLM sizes and token counts (by default the measured
+    ones).
     """
+    table = fit.table
     names = {float(n): name for n, name in zip(table.n, table.llm_name, strict=True)}
-    n, v = (grid.ravel() for grid in np.meshgrid(table.sizes, table.token_counts, indexing="ij"))
-    cost = prefill_flops(n, v, q)
-    allowed = np.flatnonzero(cost <= budget * (1 + 1e-12))
+    sizes, counts = table.sizes if sizes is None else sizes, table.token_counts if counts is None else counts
+    n, v = (grid.ravel() for grid in np.meshgrid(sizes, counts, indexing="ij"))
+    price = cost(n, v)
+    allowed = np.flatnonzero(price <= budget * (1 + 1e-12))
     if allowed.size == 0:
         return None
     error = fit.predict(n, v)
-    i = min(allowed, key=lambda j: (error[j], cost[j]))
-    low, high = fit.band(n[i : i + 1], v[i : i + 1])
-    band = (float(low[0]), float(high[0]))
-    return Pick(names[float(n[i])], float(n[i]), float(v[i]), float(cost[i]), float(error[i]), band)
+    i = min(allowed, key=lambda j: (error[j], price[j]))
+    band = None
+    if replicates is not None and replicates.theta.size:
+        band = percentile_interval(fit.predict(n[i : i + 1], v[i : i + 1], replicates.theta)[:, 0])
+    name = names.get(float(n[i]), "")
+    return Pick(name, float(n[i]), float(v[i]), float(price[i]), float(error[i]), band)
 
 
-def pareto(table: Table, q: float) -> np.ndarray:
+def optimal_path(fit: Fit, cost: Cost, budgets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, v), each [budgets]: the law's best point that spends each budget inside the measured ranges of N
+    and V.
+    """
+    table = fit.table
+    counts = np.geomspace(table.v.min(), table.v.max(), _GRID)
+    n = cost.size_for(budgets[:, None], counts[None])
+    inside = (n >= table.n.min() * (1 - 1e-9)) & (n <= table.n.max() * (1 + 1e-9))
+    error = np.where(inside, fit.predict(np.maximum(n, 1.0), np.broadcast_to(counts, n.shape)), np.inf)
+    best = error.argmin(axis=1)
+    row = np.arange(budgets.size)
+    found = np.isfinite(error[row, best])
+    return n[row, best][found], counts[best][found]
+
+
+def pareto(table: Table, cost: Cost) -> np.ndarray:
     """Indices of the measured cells that no cheaper or equally dear cell beats, in order of cost."""
-    cost = prefill_flops(table.n, table.v, q)
+    price = measured_cost(table, cost)
     best, chosen = math.inf, []
-    for i in sorted(range(cost.size), key=lambda j: (cost[j], table.error[j])):
+    for i in np.lexsort((table.error, price)):
         if table.error[i] < best:
             best = float(table.error[i])
-            chosen.append(i)
+            chosen.append(int(i))
     return np.array(chosen, dtype=int)
 
 
-def round_budgets(table: Table, q: float) -> list[float]:
-    """Three budgets in FLOPs inside the measured range of costs, evenly spaced in the logarithm and then
-    rounded.
-    """
-    cost = prefill_flops(table.n, table.v, q)
-    low, high = float(cost.min()), float(cost.max())
+def round_budgets(table: Table, cost: Cost) -> list[float]:
+    """Three budgets inside the measured range of costs, evenly spaced in the logarithm and then rounded."""
+    price = measured_cost(table, cost)
+    low, high = float(price.min()), float(price.max())
     budgets = []
     for share in (0.25, 0.5, 0.75):
         exact = math.exp((1 - share) * math.log(low) + share * math.log(high))

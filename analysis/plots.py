@@ -1,7 +1,7 @@
-"""The figures, drawn by one set of functions for a sweep and for the paper's published numbers.
+"""Figures of the measured cells with the law beside them, and how to save a figure.
 
-Matplotlib's Agg canvas, no window, no global state. LLM sizes take an ordered palette (viridis without its
-palest end), task groups the Okabe-Ito palette; both are safe for colour-blind readers.
+Drawn by one set of functions for a sweep and for the paper's published numbers, on matplotlib's Agg canvas:
+no window, no state. The figures about the law itself are in `figures.py`.
 """
 
 from __future__ import annotations
@@ -9,251 +9,277 @@ from __future__ import annotations
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter
 
-from analysis.fit import Fit
-from analysis.optimum import best_tokens, optimal_path, pareto, prefill_flops
-from analysis.study import Study
-from analysis.units import count, tokens
+from analysis.cost import FlopsCost
+from analysis.optimum import index_tokens, measured_cost, optimal_path, pareto
+from analysis.study import LawStudy, Study
+from analysis.style import (
+    DARK,
+    MARKERS,
+    OKABE_ITO,
+    ORANGE,
+    PALE,
+    SMALL,
+    STYLE,
+    Colour,
+    Handle,
+    add_legend,
+    log_axis,
+    new_figure,
+    plain,
+    size_colours,
+    size_handles,
+    styled,
+    token_ticks,
+    usable,
+    value_axis,
+)
+from analysis.units import tokens
 
-OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_STYLE = {
-    "font.size": 11,
-    "font.family": "DejaVu Sans",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-    "legend.fontsize": 9.5,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "analysis",
-}
-
-
-def _colours(number: int) -> list[tuple[float, float, float, float]]:
-    return [tuple(colormaps["viridis"](x)) for x in np.linspace(0.0, 0.85, number)]
-
-
-def _figure(title: str, height: float = 4.5) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.4, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.set_title(title.replace("$", r"\$"))
-    return figure, axes
+_BLIND = (0, (4, 3))
 
 
-def _percent_axis(axes: Axes, values: np.ndarray) -> None:
-    low, high = float(np.min(values)), float(np.max(values))
-    margin = 0.07 * (high - low) or 0.05
-    axes.set_ylim(low - margin, high + margin)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
-    axes.set_ylabel("error (1 - mean score)")
-
-
-def _log_axis(axes: Axes, which: str, low: float, high: float) -> None:
-    """A log axis over [low, high] with few, legible decade or 1-2-5 ticks."""
-    axis: Axis = axes.xaxis if which == "x" else axes.yaxis
-    (axes.set_xscale if which == "x" else axes.set_yscale)("log")
-    (axes.set_xlim if which == "x" else axes.set_ylim)(low, high)
-    if high / low < 50:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def _token_ticks(axis: Axis, values: np.ndarray) -> None:
-    """Tick the measured token counts on a log axis, leaving out those too near their neighbour."""
-    span, shown = np.log(values[-1] / values[0]), [values[0]]
-    for value in values[1:]:
-        if np.log(value / shown[-1]) > 0.055 * span:
-            shown.append(value)
-    axis.set_ticks(shown, [tokens(value) for value in shown])
-    axis.set_minor_locator(NullLocator())
-
-
-def _legend(figure: Figure, handles: list[Line2D | Patch], columns: int) -> None:
-    figure.legend(
-        handles=handles,
-        loc="outside lower left",
-        ncols=columns,
-        columnspacing=1.0,
-        handlelength=1.9,
-        handletextpad=0.5,
-    )
-
-
-def _size_handles(
-    sizes: np.ndarray, colours: list[tuple[float, float, float, float]]
-) -> list[Line2D | Patch]:
-    return [
-        Line2D([], [], color=colour, marker=_MARKERS[i % len(_MARKERS)], ms=5, label=f"N = {count(n)}")
-        for i, (n, colour) in enumerate(zip(sizes, colours, strict=True))
-    ]
-
-
-def _blind_lines(axes: Axes, study: Study, colours: list[tuple[float, float, float, float]]) -> list[float]:
+def _blind_lines(axes: Axes, study: Study, colours: list[Colour]) -> tuple[list[float], list[Handle]]:
+    """(errors without an image, legend entry): a dashed line for each LLM that has one."""
     drawn = []
     for n, colour in zip(study.table.sizes, colours, strict=True):
         names = {name for name, size in zip(study.table.llm_name, study.table.n, strict=True) if size == n}
         for name in sorted(names & study.table.blind.keys()):
-            axes.axhline(study.table.blind[name], color=colour, ls=(0, (4, 3)), lw=1.1, zorder=1)
+            axes.axhline(study.table.blind[name], color=colour, ls=_BLIND, lw=1.1, zorder=1)
             drawn.append(study.table.blind[name])
-    return drawn
+    return drawn, [Line2D([], [], color="#555555", ls=_BLIND, lw=1.1, label="no image")] if drawn else []
 
 
+def _band(law: LawStudy, n: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95% bootstrap band of the law at n, v."""
+    low, high = np.quantile(law.fit.predict(n, v, law.replicates.theta), [0.025, 0.975], axis=0)
+    return low, high
+
+
+def _cost_label(study: Study) -> str:
+    cost = study.cost
+    if not isinstance(cost, FlopsCost):
+        return "latency, ms"
+    bare = cost.plain and not cost.fixed_flops and cost.effective_tokens == cost.text_tokens
+    return "inference FLOPs of the LLM, 2N(Q + V)" if bare else "inference FLOPs"
+
+
+@styled
 def cost_figure(study: Study) -> Figure:
-    """Error against LLM prefill FLOPs 2N(q + V), a curve an LLM size, with the measured and the law's best
-    path.
+    """Error against cost, a curve an LLM size, with the measured and the law's best path.
 
     The form of Figure 1 of arXiv 2411.03312. Works without a fit; the law's path needs an identified ratio.
     """
-    table, q, colours = study.table, study.q, _colours(study.table.sizes.size)
-    with rc_context(_STYLE):
-        figure, axes = _figure(f"{table.group}, {study.origin} (Q = {tokens(q)} text tokens)", 4.7)
-        cost = prefill_flops(table.n, table.v, q)
-        _log_axis(axes, "x", float(cost.min()) / 2.2, float(cost.max()) * 2.0)
-        handles = _size_handles(table.sizes, colours)
-        best = pareto(table, q)
-        axes.plot(cost[best], table.error[best], color="#c8c8c8", lw=7, solid_capstyle="round", zorder=1.5)
-        handles.append(Line2D([], [], color="#c8c8c8", lw=6, label="best measured"))
-        for i, (n, colour) in enumerate(zip(table.sizes, colours, strict=True)):
-            own = np.flatnonzero(table.n == n)
-            axes.plot(
-                cost[own], table.error[own], color=colour, marker=_MARKERS[i % 8], ms=5, lw=1.5, zorder=3
-            )
-            if i in (0, table.sizes.size - 1):
-                _annotate_tokens(axes, cost[own], table.error[own], table.v[own], last=i > 0)
-        values = [table.error]
-        if study.identified and study.best is not None:
-            handles += _law_path(axes, study, study.best, cost, q)
-        blind = _blind_lines(axes, study, colours)
-        if blind:
-            values.append(np.array(blind))
-            handles.append(Line2D([], [], color="#555555", ls=(0, (4, 3)), lw=1.1, label="no image"))
-        _percent_axis(axes, np.concatenate(values))
-        axes.set_xlabel("inference FLOPs of the LLM, 2N(Q + V)")
-        _legend(figure, handles, 3)
+    table, colours = study.table, size_colours(study.table.sizes.size)
+    flops = f" (Q = {tokens(study.q)} text tokens)" if isinstance(study.cost, FlopsCost) else ""
+    figure, axes = new_figure(f"{table.group}, {study.origin}{flops}", 4.7)
+    cost = measured_cost(table, study.cost)
+    reach = max(float(cost.max() / cost.min()) ** 0.17, 1.15)
+    log_axis(axes, "x", float(cost.min()) / reach, float(cost.max()) * reach)
+    if not isinstance(study.cost, FlopsCost):
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    handles = size_handles(table.sizes, colours)
+    best = pareto(table, study.cost)
+    axes.plot(cost[best], table.error[best], color=PALE, lw=7, solid_capstyle="round", zorder=1.5)
+    handles.append(Line2D([], [], color=PALE, lw=6, label="best measured"))
+    for i, (n, colour) in enumerate(zip(table.sizes, colours, strict=True)):
+        own = np.flatnonzero(table.n == n)
+        axes.plot(
+            cost[own],
+            table.error[own],
+            color=colour,
+            marker=MARKERS[i % 8],
+            ms=5,
+            mec=DARK,
+            mew=0.5,
+            lw=1.5,
+            zorder=3,
+        )
+    if study.identified and study.best is not None:
+        handles += _law_path(axes, study, study.best, cost)
+    blind, entry = _blind_lines(axes, study, colours)
+    value_axis(axes, table, np.append(table.error, blind))
+    _annotate_tokens(axes, study, cost)
+    axes.set_xlabel(_cost_label(study))
+    add_legend(figure, [*handles, *entry], 3)
     return figure
 
 
-def _annotate_tokens(axes: Axes, cost: np.ndarray, error: np.ndarray, v: np.ndarray, last: bool) -> None:
-    """Label V at the ends and in the middle of one curve."""
-    for j in sorted({0, v.size // 2, v.size - 1}):
-        axes.annotate(
-            ("V = " if j == 0 else "") + tokens(v[j]),
-            (cost[j], error[j]),
-            xytext=(6, 6) if last else (-5, -7),
-            textcoords="offset points",
-            ha="left" if last else "right",
-            va="center",
-            fontsize=9,
-            color="#333333",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.75, "pad": 0.5},
-            zorder=6,
-        )
+def _annotate_tokens(axes: Axes, study: Study, cost: np.ndarray) -> None:
+    """Label V at the ends and the middle of the smallest and the largest LLM's curve, clear of all curves."""
+    table, (left, right), (bottom, top) = study.table, axes.get_xlim(), axes.get_ylim()
+
+    def on_page(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """In points, near enough: the panel is about 320 by 230."""
+        return 320 * np.log(x / left) / np.log(right / left), 230 * (y - bottom) / (top - bottom)
+
+    x, y = on_page(cost, table.error)
+    curves = [np.flatnonzero(table.n == n) for n in table.sizes]
+    taken: list[tuple[float, float]] = []
+    for line in axes.get_lines():
+        if line.get_transform() == axes.transData:
+            drawn = np.stack(on_page(*np.asarray(line.get_xydata(), dtype=float).T))
+            length = np.append(0.0, np.hypot(*np.diff(drawn)).cumsum())
+            every = np.arange(0.0, length[-1] + 2, 2)  # points of the page, so that all lines count alike
+            taken += zip(*(np.interp(every, length, side) for side in drawn), strict=True)
+    for own in curves[:1] + curves[1:][-1:]:
+        for j in sorted({0, own.size // 2, own.size - 1}):
+            i = own[j]
+            text = ("V = " if j == 0 else "") + tokens(table.v[i])
+            shift = _free_place(float(x[i]), float(y[i]), 6.0 * len(text), np.array(taken))
+            taken.append((float(x[i]) + shift[0], float(y[i]) + shift[1]))
+            axes.annotate(
+                text,
+                (cost[i], table.error[i]),
+                xytext=shift,
+                textcoords="offset points",
+                ha="center",
+                va="center",
+                fontsize=SMALL,
+                color=DARK,
+                zorder=6,
+            )
 
 
-def _law_path(axes: Axes, study: Study, fit: Fit, cost: np.ndarray, q: float) -> list[Line2D | Patch]:
-    budgets = np.geomspace(cost.min(), cost.max(), 120)
-    n, v = optimal_path(fit, study.table, budgets, q)
-    low, high = fit.band(n, v)
-    axes.fill_between(budgets, low, high, color="#D55E00", alpha=0.22, lw=0, zorder=2)
-    axes.plot(budgets, fit.predict(n, v), color="#D55E00", lw=1.8, ls=(0, (5, 1.5)), zorder=4)
-    return [Line2D([], [], color="#D55E00", lw=1.8, ls=(0, (5, 1.5)), label="best by the law (95%)")]
+def _free_place(x: float, y: float, width: float, taken: np.ndarray) -> tuple[float, float]:
+    """Where to centre a label of that width about (x, y), in points: where fewest others are."""
+    aside = width / 2 + 6
+    places = [
+        (-aside, -5),
+        (aside, 5),
+        (aside, -6),
+        (-aside, 6),
+        (0, 12),
+        (0, -12),
+        (aside, 0),
+        (-aside, 0),
+        (aside, 13),
+    ]
+    places += [(-aside, -13), (-aside, 13), (aside, -13)]
+
+    def crowd(place: tuple[float, float]) -> int:
+        over = np.abs(taken - np.array([x, y]) - np.array(place)) < np.array([width / 2 + 2, 6.5])
+        return int(over.all(axis=1).sum())
+
+    return min(places, key=crowd)
 
 
+def _law_path(axes: Axes, study: Study, law: LawStudy, cost: np.ndarray) -> list[Handle]:
+    n, v = optimal_path(law.fit, study.cost, np.geomspace(cost.min(), cost.max(), 120))
+    if not n.size:
+        return []
+    price, dashes = study.cost(n, v), (0, (5, 1.5))
+    low, high = _band(law, n, v)
+    axes.fill_between(price, low, high, color=ORANGE, alpha=0.22, lw=0, zorder=2)
+    axes.plot(price, law.fit.predict(n, v), color=ORANGE, lw=1.8, ls=dashes, zorder=4)
+    return [Line2D([], [], color=ORANGE, lw=1.8, ls=dashes, label="best by the law (95%)")]
+
+
+@styled
 def law_figure(study: Study) -> Figure:
     """Error against V, a curve an LLM size: cells as markers, the chosen law as lines with its 95% band."""
-    table, colours, fit = study.table, _colours(study.table.sizes.size), study.best
-    with rc_context(_STYLE):
-        title = f"{table.group}, {study.origin}: " + (
-            f"{fit.law.name} law" if fit else "cells, no law fitted"
+    table, colours, law = study.table, size_colours(study.table.sizes.size), usable(study)
+    what = f"{law.fit.law.name} law" if law else "cells, no law fitted"
+    figure, axes = new_figure(f"{table.group}, {study.origin}: {what}", 4.7)
+    spread = (table.v.max() / table.v.min()) ** 0.04 if table.token_counts.size > 1 else 1.5
+    log_axis(axes, "x", float(table.v.min()) / spread, float(table.v.max()) * spread)
+    values = [table.error]
+    grid = np.geomspace(table.v.min(), table.v.max(), 80)
+    banded = law is not None and law.replicates.theta.shape[0] > 0
+    for i, (n, colour) in enumerate(zip(table.sizes, colours, strict=True)):
+        own = table.n == n
+        axes.plot(
+            table.v[own],
+            table.error[own],
+            color=colour,
+            marker=MARKERS[i % 8],
+            ms=5.5,
+            mec=DARK,
+            mew=0.5,
+            ls="",
         )
-        figure, axes = _figure(title, 4.7)
-        spread = (table.v.max() / table.v.min()) ** 0.04 if table.token_counts.size > 1 else 1.5
-        _log_axis(axes, "x", float(table.v.min()) / spread, float(table.v.max()) * spread)
-        values = [table.error]
-        grid = np.geomspace(table.v.min(), table.v.max(), 80)
-        for i, (n, colour) in enumerate(zip(table.sizes, colours, strict=True)):
-            own = table.n == n
-            axes.plot(
-                table.v[own], table.error[own], color=colour, marker=_MARKERS[i % 8], ms=5.5, ls="", zorder=3
-            )
-            if fit is None or not fit.converged:
-                axes.plot(table.v[own], table.error[own], color=colour, lw=0.8, alpha=0.5)
-                continue
-            at = np.full_like(grid, n)
-            curve = fit.predict(at, grid)
-            axes.plot(grid, curve, color=colour, lw=1.5, zorder=2)
-            values.append(curve)
-            if fit.replicates.size:
-                low, high = fit.band(at, grid)
-                axes.fill_between(grid, low, high, color=colour, alpha=0.16, lw=0, zorder=1)
-        handles = _size_handles(table.sizes, colours)
-        blind = _blind_lines(axes, study, colours)
-        if blind:
-            values.append(np.array(blind))
-            handles.append(Line2D([], [], color="#555555", ls=(0, (4, 3)), lw=1.1, label="no image"))
-        if fit is not None and fit.converged and fit.replicates.size:
-            handles.append(Patch(color="#777777", alpha=0.3, lw=0, label="95% bootstrap band"))
-        _percent_axis(axes, np.concatenate(values))
-        _token_ticks(axes.xaxis, table.token_counts)
-        axes.set_xlabel("visual tokens V")
-        _legend(figure, handles, 3)
+        if law is None:
+            axes.plot(table.v[own], table.error[own], color=colour, lw=0.8, alpha=0.5)
+            continue
+        at = np.full_like(grid, n)
+        curve = law.fit.predict(at, grid)
+        axes.plot(grid, curve, color=colour, lw=1.5, zorder=2)
+        values.append(curve)
+        if banded:
+            axes.fill_between(grid, *_band(law, at, grid), color=colour, alpha=0.16, lw=0, zorder=1)
+    handles = size_handles(table.sizes, colours)
+    blind, entry = _blind_lines(axes, study, colours)
+    handles += entry
+    if banded:
+        handles.append(Patch(color="#777777", alpha=0.3, lw=0, label="95% bootstrap band"))
+    value_axis(axes, table, np.concatenate([*values, np.array(blind)]))
+    token_ticks(axes.xaxis, table.token_counts)
+    axes.set_xlabel("visual tokens V")
+    add_legend(figure, handles, 3)
     return figure
 
 
+@styled
 def tokens_figure(studies: list[Study], title: str) -> Figure | None:
-    """V*(Q) with its 95% band, a line a task group, for the studies with an identified ratio; None without
-    one.
+    """V*(Q) at cost 2N(Q + V) with its 95% band, a line a task group; a marker at the group's own Q.
+
+    Only where the chosen law is of a single index and its ratio identified; None without one.
     """
-    shown = [study for study in studies if study.identified]
+    shown = [
+        (study, study.best)
+        for study in studies
+        if study.best is not None and study.identified and study.best.fit.law.single_index
+    ]
     if not shown:
         return None
-    with rc_context(_STYLE):
-        figure, axes = _figure(title, 4.2)
-        v_min = min(float(study.table.v.min()) for study in shown)
-        v_max = max(float(study.table.v.max()) for study in shown)
-        top = 10.0 ** np.ceil(np.log10(max(4 * max(study.q for study in shown), 100.0)))
-        q = np.geomspace(1.0, top, 160)
-        _log_axis(axes, "x", 1.0, float(top))
-        _log_axis(axes, "y", v_min / 1.25, v_max * 1.25)
-        handles: list[Line2D | Patch] = []
-        for i, study in enumerate(shown):
-            fit, colour = study.best, OKABE_ITO[i % len(OKABE_ITO)]
-            assert fit is not None
-            assert study.verdict is not None
-            ratio = study.verdict.ratio
-            limits = float(study.table.v.min()), float(study.table.v.max())
-            spread = np.stack([best_tokens(fit.replicates, value, *limits) for value in q])
-            low, high = np.percentile(spread, [2.5, 97.5], axis=1)
-            line = [float(best_tokens(fit.params, value, *limits)) for value in q]
-            style = ("-", (0, (6, 2)), (0, (2, 1.5)))[i % 3]
-            axes.fill_between(q, low, high, color=colour, alpha=0.18, lw=0)
-            axes.plot(q, line, color=colour, lw=2.0, ls=style, clip_on=False)
-            label = f"{study.table.group} (ratio {ratio:.2f})".replace("$", r"\$")
-            handles.append(Line2D([], [], color=colour, lw=2.0, ls=style, label=label))
-        axes.set_xlabel("text tokens Q")
-        axes.set_ylabel("best visual tokens V*(Q)")
-        _token_ticks(axes.yaxis, np.unique(np.concatenate([study.table.v for study in shown])))
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        _legend(figure, handles, 2)
+    figure, axes = new_figure(title, 4.2)
+    v_min = min(float(study.table.v.min()) for study, _ in shown)
+    v_max = max(float(study.table.v.max()) for study, _ in shown)
+    top = 10.0 ** np.ceil(np.log10(max(4 * max(study.q for study, _ in shown), 100.0)))
+    q = np.geomspace(1.0, top, 160)
+    log_axis(axes, "x", 1.0, float(top))
+    log_axis(axes, "y", v_min / 1.25, v_max * 1.25)
+    handles: list[Handle] = []
+    for i, (study, law) in enumerate(shown):
+        colour, style = OKABE_ITO[i % len(OKABE_ITO)], ("-", (0, (6, 2)), (0, (2, 1.5)))[i % 3]
+        look: dict[str, Any] = {"color": colour, "marker": MARKERS[i % 8], "ms": 6.5, "lw": 2.0}
+        _token_line(axes, study, law, q, {**look, "ls": style})
+        label = plain(f"{study.table.group} (ratio {law.fit.ratio:.2f})")
+        handles.append(Line2D([], [], **look, ls=style, label=label))
+    axes.set_xlabel("text tokens Q")
+    axes.set_ylabel("best visual tokens V*(Q)")
+    token_ticks(axes.yaxis, np.unique(np.concatenate([study.table.v for study, _ in shown])))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
+    add_legend(figure, handles, 2)
     return figure
+
+
+def _token_line(axes: Axes, study: Study, law: LawStudy, q: np.ndarray, look: dict[str, Any]) -> None:
+    limits = float(study.table.v.min()), float(study.table.v.max())
+
+    def best(theta: np.ndarray, value: float) -> np.ndarray:
+        by_size, by_tokens = law.fit.law.slopes(theta)
+        return index_tokens(by_size, by_tokens, value, *limits)
+
+    if law.replicates.theta.shape[0]:
+        spread = np.stack([best(law.replicates.theta, value) for value in q])
+        low, high = np.quantile(spread, [0.025, 0.975], axis=1)
+        axes.fill_between(q, low, high, color=look["color"], alpha=0.18, lw=0)
+    line = [float(best(law.fit.theta, value)) for value in q]
+    axes.plot(q, line, clip_on=False, **{**look, "marker": ""})
+    if study.q >= q[0]:
+        axes.plot([study.q], [float(best(law.fit.theta, study.q))], clip_on=False, **{**look, "ls": ""})
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:
@@ -261,7 +287,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     metadata.
     """
     stream = io.StringIO()
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         FigureCanvasSVG(figure).print_svg(
             stream, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
         )
@@ -276,6 +302,6 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
 
 def to_png(figure: Figure, path: Path) -> None:
     """Write the figure to `path` at 160 dots an inch."""
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         FigureCanvasAgg(figure)
         figure.savefig(path, dpi=160, metadata={"Software": None})

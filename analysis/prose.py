@@ -10,12 +10,12 @@ import numpy as np
 
 from analysis.data import Dataset
 from analysis.document import link
-from analysis.optimum import TokenChoice
+from analysis.optimum import Optimum
 from analysis.study import Study
 from analysis.units import count, fixed, interval, percent, significant, tokens
+from analysis.verdict import IDENTIFIED
 
 PAPER = link("arXiv 2411.03312", "https://arxiv.org/abs/2411.03312")
-_TOY = 1e8  # below this the report warns that the LLMs are far from those in use
 
 
 def plural(number: int, noun: str) -> str:
@@ -86,24 +86,19 @@ def _ratios(studies: list[Study]) -> str:
 
 
 def _best_v(studies: list[Study]) -> str:
-    if not studies:
+    known = [(study, study.optimum) for study in studies if study.optimum is not None]
+    if not known:
         return "not known from these cells"
-    here = [(next(c for c in study.tokens if c.q == study.q), study) for study in studies]
-    asked = {tokens(study.q) for study in studies}
-    if len(asked) == 1:
-        parts = listed([f"{choice_text(choice)} for {study.table.group}" for choice, study in here])
-        return f"{parts}, at Q = {asked.pop()} text tokens"
-    return listed(
-        [f"{choice_text(choice)} for {study.table.group} at Q = {tokens(study.q)}" for choice, study in here]
-    )
+    parts = listed([f"{choice_text(best)} for {study.table.group}" for study, best in known])
+    return f"{parts}, at a cost of {known[0][0].cost.describe()}"
 
 
-def choice_text(choice: TokenChoice) -> str:
-    """V*(Q) with interval, or the corner it sits in."""
-    value = tokens(choice.v)
-    if choice.corner and choice.interval[0] == choice.interval[1]:
-        return f"{value} (the {'fewest' if choice.corner == 'V_min' else 'most'} measured)"
-    return f"{value} {interval(choice.interval)}"
+def choice_text(best: Optimum) -> str:
+    """V* with its interval, or the corner it sits in."""
+    value = tokens(best.v)
+    if best.corner and (best.v_interval is None or best.v_interval[0] == best.v_interval[1]):
+        return f"{value} (the {'fewest' if best.corner == 'V_min' else 'most'} measured)"
+    return f"{value} {interval(best.v_interval)}"
 
 
 def token_statement(study: Study) -> str:
@@ -111,40 +106,49 @@ def token_statement(study: Study) -> str:
     name = f"{study.table.group}, {study.origin}"
     if study.no_fit is not None:
         return f"{name}: no law, because {study.no_fit}."
-    verdict = study.verdict
-    if verdict is None or not verdict.identified or verdict.ratio is None:
+    verdict, best = study.verdict, study.best
+    if verdict is None or best is None or verdict.ratio is None:
         return f"{name}: no best V can be given; {verdict.reason if verdict else 'no fit'}."
     low, high = verdict.interval or (verdict.ratio, verdict.ratio)
-    if high < 1:
+    if not best.fit.law.single_index:
+        rule = f"under the {best.fit.law.name} law the best V depends on the budget"
+    elif high < 1:
         rule = "the ratio is below 1, so the law asks for the most tokens at any Q"
     elif low <= 1:
         rule = "the ratio's interval contains 1, so a best V is weakly determined"
     else:
         rule = f"V*(Q) = Q / ({verdict.ratio:.2f} - 1), kept within the measured V"
-    return f"{name}: {rule}. V* is {listed(_choices(study))}."
+    return f"{name}: {rule}. V* is {listed(_choices(study))}.{_averaged(study)}"
+
+
+def _averaged(study: Study) -> str:
+    if study.averaged is None or study.optimum is None:
+        return ""
+    return (
+        f" Averaged over the laws by Akaike weight, at this cost: {tokens(study.averaged.visual_tokens)} "
+        f"{interval(study.averaged.interval)}."
+    )
 
 
 def _choices(study: Study) -> list[str]:
     """V* at each Q, those with the same answer joined."""
     answers: dict[str, list[str]] = {}
     for choice in study.tokens:
-        answers.setdefault(choice_text(choice), []).append(tokens(choice.q))
+        answers.setdefault(choice_text(choice.best), []).append(tokens(choice.q))
     return [f"{answer} at Q = {listed(values)}" for answer, values in answers.items()]
 
 
 def choice_of_law(study: Study) -> str:
-    """Which law describes the cells best, and by how much."""
+    """Which law describes the cells best, by how much, and how it does on the largest LLM."""
     best = study.best
     if best is None:
         return f"No law is fitted: {study.no_fit}."
-    others = [name for name in study.fits if name != best.law.name]
+    name = best.fit.law.name
+    if not best.fit.converged:
+        return "No fit converged: the parameters ran away, and no curve is drawn."
     if study.margin is None:
-        lost = [name for name in others if not study.fits[name].converged]
-        if lost and best.converged:
-            return f"The {best.law.name} law is chosen: the fit of the {listed(lost)} law did not converge."
-        if not best.converged:
-            return "No fit converged: the parameters ran away, and no curve is drawn."
-        return f"The {best.law.name} law has the smaller error; AICc is undefined here."
+        return f"The {name} law is chosen by its sum of squares; AICc is undefined here."
+    second = list(study.laws)[1]
     grade = (
         "the two cannot be told apart"
         if study.margin < 2
@@ -152,121 +156,60 @@ def choice_of_law(study: Study) -> str:
         if study.margin > 10
         else "some evidence"
     )
-    return (
-        f"The {best.law.name} law is chosen; its AICc is {significant(study.margin)} "
-        f"lower than that of the {listed(others)} law ({grade})."
+    text = (
+        f"The {name} law is chosen; its AICc is {significant(study.margin)} lower than that of the {second} "
+        "law "
+        f"({grade})."
     )
+    return text + _largest(study)
+
+
+def _largest(study: Study) -> str:
+    """How the chosen law and the naive guesses predict the largest LLM from the others."""
+    best = study.best
+    if best is None or best.validation.largest is None:
+        return ""
+    text = (
+        " Without its largest LLM it predicts that LLM's cells within "
+        f"{percent(best.validation.largest[0])} on average"
+    )
+    guesses = {"persistence": "repeating the second largest", "line": "a line in ln N at each V"}
+    known = [f"{guesses[name]} {percent(mean)}" for name, (mean, _) in study.baselines.items()]
+    return f"{text} ({', '.join(known)})." if known else f"{text}."
+
+
+def single_index(study: Study) -> str:
+    """Whether size and tokens act through one index, and on which scale; lack of fit by LLM and token
+    count.
+    """
+    parts = [
+        f"an interaction of N and V {'improves' if p < 0.05 else 'does not improve'} the {law} law (F = "
+        f"{significant(f, 2)}, p = {significant(p, 2)})"
+        for law, f, p in study.interactions
+        if math.isfinite(p)
+    ]
+    if study.mixed is not None:
+        (row, row_p), (column, column_p) = study.mixed.row_f, study.mixed.column_f
+        parts.append(
+            f"lack of fit by LLM F = {significant(row, 2)} (p = {significant(row_p, 2)}), by token count F = "
+            f"{significant(column, 2)} (p = {significant(column_p, 2)})"
+        )
+    return f"{study.table.group}: {'; '.join(parts)}." if parts else ""
 
 
 def quality_notes(study: Study) -> list[str]:
-    """Copied and dropped cells, and the grid's holes, one sentence each."""
+    """Copied cells, and every verdict that is not plain 'identified', one sentence each."""
     table, notes = study.table, []
     for earlier, later in study.copies:
         names = [f"({table.llm_name[i]}, V = {tokens(table.v[i])})" for i in (later, earlier)]
-        notes.append(
-            f"{table.group}, {study.origin}: cell {names[0]} equals {names[1]} to all digits, so one is a "
-            "copy."
+        note = (
+            f"{table.group}, {study.origin}: cell {names[0]} equals {names[1]} to all digits: likely a copy."
         )
         if study.without_copies is not None and study.without_copies.ratio is not None:
-            notes[-1] += f" Without {names[0]} the ratio is {study.without_copies.ratio:.3f}."
-    if table.dropped:
-        notes.append(f"{table.group}: left out as incomplete: {'; '.join(table.dropped)}.")
-    full = table.sizes.size * table.token_counts.size
-    if 0 < table.n.size < full:
-        notes.append(
-            f"{table.group}: {full - table.n.size} of the {full} cells of the grid are not measured."
-        )
-    return notes
-
-
-def limits(dataset: Dataset, studies: list[Study]) -> list[str]:
-    """What the data cannot tell, from its own counts and verdicts."""
-    notes = []
-    measured = [study for study in studies if study.table.n.size]
-    for study in studies:
-        if study.no_fit is not None:
-            notes.append(f"{study.table.group}: {study.no_fit}.")
-        elif not study.identified and study.verdict is not None:
-            notes.append(f"{study.table.group}: not identified, because {study.verdict.reason}.")
-        elif (
-            study.verdict is not None
-            and study.verdict.interval
-            and study.verdict.interval[0] < 1 < study.verdict.interval[1]
-        ):
-            notes.append(
-                f"{study.table.group}: whether size or tokens matter more; the ratio's interval contains 1."
-            )
-        if (
-            study.margin is not None
-            and study.margin < 2
-            and len({v.identified for v in study.verdicts.values()}) > 1
-        ):
-            notes.append(
-                f"{study.table.group}: which law holds; the two fit alike, but only one of them gives a "
-                "ratio."
-            )
-    if measured:
-        notes += _scope(measured)
-    for study in measured:
-        notes += _noise(study)
-    if dataset.unfinished:
-        notes.append(f"{plural(dataset.unfinished, 'row')} of unfinished runs were not read.")
-    notes.append(
-        "Real cost: the cost here is the LLM's prefill alone. The vision tower, decoding, caches and "
-        "latency are not in it, and they move the choice."
-    )
-    return notes
-
-
-def _scope(studies: list[Study]) -> list[str]:
-    sizes = np.unique(np.concatenate([study.table.n for study in studies]))
-    v = np.concatenate([study.table.v for study in studies])
-    notes = [
-        f"Other LLMs: there are {plural(sizes.size, 'LLM size')}, and N stands for everything in which "
-        "these LLMs differ (depth, width, training). The intervals resample cells, not LLMs, so they are "
-        "too narrow for another family.",
-        f"Token counts outside {tokens(v.min())} to {tokens(v.max())}: a best V at either end is a limit of "
-        "the grid, not an optimum. That V* is the same at every budget is a property of both laws, not a "
-        "finding.",
-    ]
-    if sizes.max() < _TOY:
-        notes.append(
-            f"Large models: the largest LLM here has {count(sizes.max())} parameters. The ratio describes "
-            "these toys; it is not a forecast for models of billions of parameters."
-        )
-    seeds = np.concatenate([study.table.seeds for study in studies])
-    if seeds.max() == 1:
-        notes.append(
-            "Noise between training runs: every cell has one seed, so it cannot be told from lack of fit."
-        )
-    if any(len(study.table.tasks) > 1 for study in studies):
-        notes.append(
-            "Single tasks: a group is the plain mean of its tasks, which may differ in how they use tokens."
-        )
-    return notes
-
-
-def _noise(study: Study) -> list[str]:
-    table, notes = study.table, []
-    noise = float(np.sqrt(np.mean(table.sampling_sd**2)))
-    if study.best is not None and math.isfinite(noise):
-        if study.best.sd <= 1.5 * noise:
-            reading = "the law explains what these items can show; a finer one needs more items"
-        else:
-            reading = "the rest is training noise or the law's shape, which these cells do not separate"
-        notes.append(
-            f"{table.group}, finer structure: the residual sd is {percent(study.best.sd, 2)}, the sampling "
-            f"noise of the test items alone {percent(noise, 2)}; {reading}."
-        )
-    if study.chance_cells:
-        notes.append(
-            f"{table.group}: {study.chance_cells} of {plural(table.n.size, 'cell')} score within two "
-            "sampling sd of guessing; they say little about scaling."
-        )
-    helped, compared = study.blind
-    if compared and helped < compared:
-        notes.append(
-            f"{table.group}: in {compared - helped} of {plural(compared, 'cell')} the model with the image "
-            "is no better than the same LLM without it."
-        )
+            note += f" Without {names[0]} the ratio is {study.without_copies.ratio:.3f}."
+        notes.append(note)
+    for name, law in study.laws.items():
+        if law.verdict.kind != IDENTIFIED:
+            notes.append(f"{table.group}, {study.origin}, {name}: {law.verdict.reason}.")
+    notes += [f"{table.group}: {name} is not fitted: {reason}." for name, reason in study.refused.items()]
     return notes

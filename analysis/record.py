@@ -1,18 +1,73 @@
-"""A study as plain JSON values, all digits kept; a figure that does not exist is null."""
+"""An analysis as plain JSON values, all digits kept; a figure that does not exist is null."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
-from dataclasses import asdict
+import platform
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+import scipy
+
+from analysis.bootstrap import percentile_interval
 from analysis.data import Dataset
-from analysis.fit import Fit, Verdict
-from analysis.study import Study
+from analysis.optimum import Optimum
+from analysis.remarks import remarks
+from analysis.study import Analysis, LawStudy, Study
+from analysis.validate import akaike_weights
+
+_CELL = (
+    *("n", "n_nonembed", "v", "error", "n_items", "sampling_sd", "chance", "text_tokens", "gen_tokens"),
+    *("infer_flops", "latency_ms", "seeds"),
+)
+
+
+def analysis_record(analysis: Analysis) -> dict[str, Any]:
+    """The object of `--json`: the first group at the top, further groups of the same form in
+    `more_groups`.
+    """
+    first, *more = analysis.studies
+    options = first.options
+    record = study_record(first)
+    record["data"] = {**dataset_record(analysis.dataset), **record["data"]}
+    record["warnings"] = [*analysis.dataset.warnings, *record["warnings"]]
+    return {
+        **record,
+        "bootstrap": options.bootstrap,
+        "seed": options.seed,
+        "loss": options.loss,
+        "versions": versions(),
+        "more_groups": [study_record(study) for study in more],
+    }
+
+
+def to_json(result: dict[str, Any]) -> str:
+    """The text of analysis.json, and of `--json`."""
+    return json.dumps(result, indent=1, allow_nan=False) + "\n"
+
+
+def versions() -> dict[str, str]:
+    """Versions, and a hash of this package's code, which together fix every digit of the result."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "analysis_code_sha256": code.hexdigest(),
+    }
 
 
 def dataset_record(dataset: Dataset) -> dict[str, Any]:
-    """Where the numbers came from: file name, hash of its bytes, counts, and the versions its rows name."""
+    """Where the numbers came from: file names, hash of the bytes, counts, and the versions the rows name."""
     return {
         "source": dataset.source,
         "sha256": dataset.sha256,
@@ -25,67 +80,159 @@ def dataset_record(dataset: Dataset) -> dict[str, Any]:
 
 
 def study_record(study: Study) -> dict[str, Any]:
-    """Cells, fits, verdicts, V*(Q), picks and evidence of one task group."""
+    """Cells, laws, verdicts, optimum, intervals, evidence, design and warnings of one task group."""
+    table, best = study.table, study.best
+    weights = akaike_weights([law.fit for law in study.laws.values()])
+    return {
+        "group": table.group,
+        "data": _data(study),
+        "laws": {
+            name: _law(law, float(weight))
+            for (name, law), weight in zip(study.laws.items(), weights, strict=True)
+        },
+        "refused_laws": dict(study.refused),
+        "no_fit": study.no_fit,
+        "best_law": best.fit.law.name if best else None,
+        "optimum": _optimum(study.optimum) if study.optimum else None,
+        "averaged": plain(study.averaged),
+        "cost": {
+            **plain(study.cost),
+            "text_tokens_measured": study.q_measured,
+            "budget": plain(study.budget),
+        },
+        "uncertainty": plain(study.methods),
+        "best_tokens": [{"text_tokens": choice.q, **_optimum(choice.best)} for choice in study.tokens],
+        "multipliers": [{"visual_tokens": v, "times_budget": plain(x)} for v, x in study.multiplier],
+        "deploy": [
+            {
+                "budget": item.budget,
+                "measured": plain(item.measured),
+                "law": plain(item.law),
+                "free": _optimum(item.free) if item.free else None,
+            }
+            for item in study.deployments
+        ],
+        "evidence": _evidence(study),
+        "tasks": plain(study.pooled),
+        "design": _design(study),
+        "warnings": list(remarks(study)),
+    }
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, mappings, sequences and numpy values as JSON values; what is not finite as null."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, (bool, np.bool_)):
+        return bool(value)
+    if isinstance(value, (float, np.floating)):
+        return float(value) if math.isfinite(value) else None
+    return int(value) if isinstance(value, np.integer) else value
+
+
+def _data(study: Study) -> dict[str, Any]:
     table = study.table
-    arrays = ("n", "v", "error", "n_items", "sampling_sd", "chance", "text_tokens", "infer_flops", "seeds")
     cells = [
-        {"llm_name": name, **{key: _number(getattr(table, key)[i]) for key in arrays}}
+        {"llm_name": name, **{key: plain(float(getattr(table, key)[i])) for key in _CELL}}
         for i, name in enumerate(table.llm_name)
     ]
     return {
-        "group": table.group,
-        "data": study.origin,
-        "source": table.source,
+        "origin": study.origin,
+        "target": table.target,
         "tasks": list(table.tasks),
-        "q": study.q,
-        "q_measured": study.q_measured,
         "cells": cells,
-        "blind_error": dict(table.blind),
+        "blind_error": plain(table.blind),
         "dropped": list(table.dropped),
-        "no_fit": study.no_fit,
-        "laws": [_fit(fit, study.verdicts[name]) for name, fit in study.fits.items()],
-        "best_law": study.best.law.name if study.best else None,
-        "aicc_margin": study.margin,
-        "best_tokens": [asdict(choice) for choice in study.tokens],
-        "deploy": [asdict(item) for item in study.deployments],
-        "falling": {key: {**asdict(pairs), "share": pairs.share} for key, pairs in study.falling.items()},
-        "better_than_blind": {"cells": study.blind[1], "better": study.blind[0]},
-        "cells_at_chance": study.chance_cells,
         "copied_cells": [[cells[i] for i in pair] for pair in study.copies],
-        "without_copies": _verdict(study.without_copies) if study.without_copies else None,
     }
 
 
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _verdict(verdict: Verdict) -> dict[str, Any]:
-    return {
-        "identified": verdict.identified,
-        "reason": verdict.reason,
-        "ratio": verdict.ratio,
-        "ratio_interval": list(verdict.interval) if verdict.interval else None,
-    }
-
-
-def _fit(fit: Fit, verdict: Verdict) -> dict[str, Any]:
-    usable = fit.converged and fit.replicates.shape[0] > 0
-    return {
-        "law": fit.law.name,
+def _law(law: LawStudy, weight: float) -> dict[str, Any]:
+    fit, verdict, validation = law.fit, law.verdict, law.validation
+    record = {
         "formula": fit.law.formula,
-        "parameters": dict(zip(fit.law.parameters, fit.params.tolist(), strict=True)),
-        "intervals": {
-            name: list(fit.interval(i)) if usable else None for i, name in enumerate(fit.law.parameters)
-        },
-        "sse": fit.sse,
+        "params": plain(fit.params),
+        "sse": plain(fit.sse),
         "r2": fit.r2,
         "aicc": fit.aicc,
-        "residual_sd": fit.sd,
+        "akaike_weight": weight,
+        "ratio": plain(fit.ratio),
+        "ratio_ci": [plain(law.profile.low), plain(law.profile.high)],
+        "ratio_identified": verdict.identified,
+        "verdict": verdict.kind,
+        "reason": verdict.reason,
+        "flags": list(verdict.flags),
+        "loo_rms": validation.loo_rms,
+        "lono_rms": validation.lono_rms,
+        "lovo_rms": validation.lovo_rms,
+        "largest_n": plain(validation.largest),
+        "slopes": list(fit.slopes),
+        "residual_sd": plain(fit.sd),
         "freedom": fit.freedom,
         "converged": fit.converged,
-        "resamples": fit.replicates.shape[0],
-        "resamples_failed": fit.failed,
-        "share_size_beats_tokens": fit.size_beats_tokens if usable else None,
-        "verdict": _verdict(verdict),
+        "gradient": plain(fit.gradient),
+        "condition": plain(fit.condition),
+        "visual_tokens": plain(law.v),
+        "resamples": law.replicates.theta.shape[0],
+        "resamples_failed": law.replicates.failed,
+        "param_intervals": _param_intervals(law),
     }
+    return {**record, "lam_ci": plain(law.bend)} if law.bend is not None else record
+
+
+def _param_intervals(law: LawStudy) -> dict[str, Any]:
+    """95% bootstrap percentiles of the printed parameters."""
+    if law.replicates.theta.shape[0] == 0:
+        return {}
+    spread = law.fit.law.natural(law.replicates.theta, law.fit.cells.frame)
+    return {name: plain(percentile_interval(np.asarray(values))) for name, values in spread.items()}
+
+
+def _optimum(optimum: Optimum) -> dict[str, Any]:
+    return {
+        "visual_tokens": optimum.v,
+        "ci": plain(optimum.v_interval),
+        "corner": optimum.corner or None,
+        "indifference": list(optimum.indifference),
+        "n": plain(optimum.n),
+        "n_ci": plain(optimum.n_interval),
+        "share": plain(optimum.share),
+        "error": plain(optimum.error),
+        "error_ci": plain(optimum.band),
+        "budget": plain(optimum.budget),
+        "extrapolated": optimum.extrapolated,
+    }
+
+
+def _evidence(study: Study) -> dict[str, Any]:
+    helped, compared = study.blind
+    best = study.best
+    return {
+        "falling": {key: {"pairs": x.pairs, "falling": x.falling} for key, x in study.falling.items()},
+        "iso_cost": {"pairs": study.iso_cost.pairs, "larger_llm_wins": study.iso_cost.falling},
+        "better_than_blind": {"cells": compared, "better": helped},
+        "cells_at_chance": study.chance_cells,
+        "baselines_largest_n": plain(study.baselines),
+        "interaction_tests": [{"law": law, "f": plain(f), "p": plain(p)} for law, f, p in study.interactions],
+        "free_curvature_test": plain(study.curvature),
+        "lack_of_fit": {"by_n": plain(study.mixed.row_f), "by_v": plain(study.mixed.column_f)}
+        if study.mixed
+        else None,
+        "left_out_by_n": plain(best.validation.by_n) if best else {},
+        "left_out_by_v": plain(best.validation.by_v) if best else {},
+        "without_copies": plain(study.without_copies),
+        "floor_ridge": plain(study.ridge),
+    }
+
+
+def _design(study: Study) -> dict[str, Any] | None:
+    if study.design is None:
+        return None
+    record: dict[str, Any] = plain(study.design)
+    for item, candidate in zip(record["candidates"], study.design.candidates, strict=True):
+        item["gain_per_cost"] = plain(candidate.gain_per_cost)
+    return record

@@ -4,20 +4,17 @@ digits.
 
 from __future__ import annotations
 
-import hashlib
 import html
-import json
-import platform
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.figure import Figure
 
-from analysis import plots, prose
-from analysis.data import BUILT_IN, Dataset, load
+from analysis import figures, plots, prose
+from analysis.claims import claims
 from analysis.document import (
     Block,
     Bullets,
@@ -31,12 +28,21 @@ from analysis.document import (
     to_markdown,
 )
 from analysis.laws import LAWS
-from analysis.record import dataset_record, study_record
-from analysis.study import Study, study
-from analysis.tables import cell_table, deploy_table, falling_table, law_table
-from analysis.units import tokens
+from analysis.limits import limits
+from analysis.record import analysis_record, to_json, versions
+from analysis.study import PAPER_ORIGIN, Analysis, Options, Study, analyze
+from analysis.tables import (
+    cell_table,
+    deploy_table,
+    design_table,
+    falling_table,
+    law_table,
+    method_table,
+    multiplier_table,
+    task_table,
+)
 
-PAPER_ORIGIN = "arXiv 2411.03312"
+_MOST_ROWS = 500  # of the table of cells
 
 
 class _Gallery:
@@ -56,42 +62,45 @@ class _Gallery:
         plots.to_png(figure, self.folder / f"{unique}.png")
         return Picture(unique, plots.to_svg(figure, unique, html.escape(caption, quote=True)), caption)
 
+    def of(
+        self, study: Study, name: str, draw: Callable[[Study], Figure | None], caption: str
+    ) -> list[Picture]:
+        """The figure of one study as a list, empty where there is nothing to draw."""
+        figure = draw(study)
+        if figure is None:
+            return []
+        suffix = "-paper" if study.origin == PAPER_ORIGIN else ""
+        text = f"{study.table.group}, {study.origin}: {caption}"
+        return [self.add(f"{study.table.group}-{name}{suffix}", figure, text)]
 
-def write_report(source: Path | str, out: Path, *, bootstrap: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """Analyse `source` (see `data.load`) and write report.html, report.md, figures/*.png and analysis.json
-    into `out`.
 
-    Returns what analysis.json holds. The same data, bootstrap and seed give the same JSON, byte for byte.
-    Raises DataError for data that cannot be read, ValueError for bootstrap < 1, OSError if `out` cannot be
-    written.
+def write_report(
+    source: Path | str | Sequence[Path | str], out: Path, options: Options | None = None
+) -> dict[str, Any]:
+    """Analyse `source` (one or several, see `data.load`) and write report.html, report.md, figures/*.png and
+    analysis.json into `out`.
+
+    Returns what analysis.json holds. The same data and options give the same JSON, byte for byte.
+    Raises DataError for data that cannot be read, ValueError for options that make no sense, OSError if `out`
+    cannot be written.
     """
-    if bootstrap < 1:
-        raise ValueError(f"bootstrap must be at least 1, got {bootstrap}")
-    dataset = load(source)
-    published = dataset.source in BUILT_IN
-    kind = "this data" if dataset.source.endswith(".csv") else "this sweep"
-    origin = PAPER_ORIGIN if published else kind
-    studies = [study(table, origin, bootstrap, seed) for table in dataset.tables]
-    paper_sets = [] if published else [load(name) for name in BUILT_IN]
-    paper = [study(item.tables[0], PAPER_ORIGIN, bootstrap, seed) for item in paper_sets]
-    figures = Path(out) / "figures"
-    figures.mkdir(parents=True, exist_ok=True)
-    gallery = _Gallery(figures)
-    blocks = _blocks(dataset, studies, paper, gallery, bootstrap, seed)
-    result = {
-        "data": dataset_record(dataset),
-        "bootstrap": bootstrap,
-        "seed": seed,
-        "versions": _versions(),
-        "groups": [study_record(item) for item in studies],
-        "paper": [study_record(item) for item in paper],
-        "paper_data": [dataset_record(item) for item in paper_sets],
-        "figures": [f"figures/{name}.png" for name in gallery.names],
-    }
-    title = "LLM size or visual tokens: what " + (f"{origin} published" if published else f"{kind} says")
+    sources = [source] if isinstance(source, (str, Path)) else list(source)
+    return report_of(analyze(sources, options or Options(), beside_paper=True), out)
+
+
+def report_of(analysis: Analysis, out: Path) -> dict[str, Any]:
+    """Write the report of an analysis that is there already; see `write_report`."""
+    folder = Path(out) / "figures"
+    folder.mkdir(parents=True, exist_ok=True)
+    gallery = _Gallery(folder)
+    blocks = _blocks(analysis, gallery)
+    result = analysis_record(analysis)
+    origin = analysis.studies[0].origin
+    title = "LLM size or visual tokens: what " + (
+        f"{origin} published" if analysis.published else f"{origin} says"
+    )
     (Path(out) / "report.md").write_text(to_markdown(title, blocks), encoding="utf-8")
-    text = json.dumps(result, indent=1, allow_nan=False)
-    (Path(out) / "analysis.json").write_text(text + "\n", encoding="utf-8")
+    (Path(out) / "analysis.json").write_text(to_json(result), encoding="utf-8")
     # Last and by rename: where the page exists, the rest does too.
     page = Path(out) / ".report.html.tmp"
     page.write_text(to_html(title, blocks), encoding="utf-8")
@@ -99,25 +108,13 @@ def write_report(source: Path | str, out: Path, *, bootstrap: int = 2000, seed: 
     return result
 
 
-def _versions() -> dict[str, str]:
-    """Versions, and a hash of this package's code, which together fix every digit of the result."""
-    code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        code.update(path.read_bytes())
-    return {
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "matplotlib": matplotlib.__version__,
-        "analysis_code_sha256": code.hexdigest(),
-    }
-
-
-def _blocks(
-    dataset: Dataset, studies: list[Study], paper: list[Study], gallery: _Gallery, bootstrap: int, seed: int
-) -> list[Block]:
-    blocks: list[Block] = [Text(prose.summary(dataset, studies, paper), lead=True)]
+def _blocks(analysis: Analysis, gallery: _Gallery) -> list[Block]:
+    studies, paper = list(analysis.studies), list(analysis.paper)
+    blocks: list[Block] = [Text(prose.summary(analysis.dataset, studies, paper), lead=True)]
+    blocks += claims(studies) if analysis.published else []
     blocks += _cost_section(studies, paper, gallery)
     blocks += _law_section(studies, paper, gallery)
+    blocks += _ratio_section(studies, paper, gallery)
     blocks += [
         Heading("Does more help, without any law?"),
         Text("Neighbouring cells, one step apart along one axis; V = 0 (no image) is not counted."),
@@ -125,10 +122,19 @@ def _blocks(
     ]
     blocks += _token_section(studies, paper, gallery)
     blocks += _deploy_section(studies, paper)
-    blocks += [Heading("All cells"), cell_table(studies)]
-    blocks += [Heading("What this data cannot tell"), Bullets(tuple(prose.limits(dataset, studies)))]
-    blocks += [Heading("Reproduce"), _footer(dataset, bootstrap, seed)]
-    return blocks
+    blocks += _task_section(studies, gallery)
+    blocks += _design_section(studies, gallery)
+    blocks += [Heading("All cells"), _cells(studies)]
+    notes = [*analysis.dataset.warnings, *limits(analysis.dataset, studies)]
+    blocks += [Heading("What this data cannot tell"), Bullets(tuple(dict.fromkeys(notes)))]
+    return [*blocks, Heading("Reproduce"), _footer(analysis)]
+
+
+def _cells(studies: list[Study]) -> Block:
+    count = max(study.table.n.size for study in studies)
+    if count > _MOST_ROWS:
+        return Text(f"{count} cells: too many for a page; they are in analysis.json.")
+    return cell_table(studies)
 
 
 def _beside(item: Study, paper: list[Study]) -> list[Study]:
@@ -136,104 +142,189 @@ def _beside(item: Study, paper: list[Study]) -> list[Study]:
     return [item, *(other for other in paper if item.table.group.split(" (")[0] == other.table.group)]
 
 
+def _both(studies: list[Study], paper: list[Study]) -> list[Study]:
+    """Every study with cells, each followed by the paper's of the same group."""
+    return [one for item in studies for one in _beside(item, paper) if one.table.n.size]
+
+
 def _cost_section(studies: list[Study], paper: list[Study], gallery: _Gallery) -> list[Block]:
-    pictures = []
-    for item in studies:
-        for one in _beside(item, paper):
-            if one.table.n.size:
-                pictures.append(_cost_picture(one, gallery))
+    pictures: list[Picture] = []
+    for one in _both(studies, paper):
+        blind = " Dashed horizontal lines: the same LLMs without an image." if one.table.blind else ""
+        pictures += gallery.of(one, "cost", plots.cost_figure, f"error against {one.cost.describe()}.{blind}")
     text = (
         "One curve an LLM size, one marker a token count; to the right costs more, lower is better. The "
         "grey trail joins the cells that no cheaper cell beats. The dashed orange line is the best that "
         "the fitted law promises for each cost inside the measured range; it is drawn only where the law "
         "is identified."
     )
-    return [Heading("Error against inference cost"), Text(text), Pictures(tuple(pictures))]
-
-
-def _cost_picture(item: Study, gallery: _Gallery) -> Picture:
-    blind = " Dashed horizontal lines: the same LLMs without an image." if item.table.blind else ""
-    caption = (
-        f"{item.table.group}, {item.origin}: error against LLM prefill FLOPs at Q = {tokens(item.q)}.{blind}"
+    return (
+        [Heading("Error against inference cost"), Text(text), Pictures(tuple(pictures))] if pictures else []
     )
-    name = f"{item.table.group}-cost" + ("-paper" if item.origin == PAPER_ORIGIN else "")
-    return gallery.add(name, plots.cost_figure(item), caption)
 
 
 def _law_section(studies: list[Study], paper: list[Study], gallery: _Gallery) -> list[Block]:
-    formulas = "; ".join(f"{law.name}: {law.formula}" for law in LAWS.values())
+    formulas = tuple(f"{law.name}: {law.formula}" for law in LAWS.values())
     blocks: list[Block] = [
         Heading("Laws"),
+        Bullets(formulas),
         Text(
-            f"{formulas}. N in billions of parameters, fitted by least squares on the error itself. The "
-            "ratio is the coefficient of ln N over that of ln V. A ratio is given only if the "
-            "95% bootstrap intervals of both coefficients and of the ratio are positive and finite."
+            "Y is the error, N in billions of parameters, V the visual tokens; fitted to the error itself. "
+            "The "
+            "ratio is that of the local slopes along ln N and ln V at the centre of the cells (a/b, "
+            "alpha/beta), "
+            "and is given only if both slopes and the ratio have positive, finite 95% intervals."
         ),
     ]
     for item in studies:
+        blocks += [Heading(item.table.group, 3), Text(prose.choice_of_law(item))]
         both = _beside(item, paper)
-        blocks.append(Heading(item.table.group, 3))
-        blocks.append(Text(prose.choice_of_law(item)))
-        if any(one.fits for one in both):
-            blocks.append(law_table(both))
-        blocks.append(Pictures(tuple(_law_picture(one, gallery) for one in both if one.table.n.size)))
-        notes = [note for one in both for note in prose.quality_notes(one)]
-        if notes:
-            blocks.append(Bullets(tuple(notes)))
-    return blocks
+        blocks += [law_table(one) for one in both if one.laws]
+        pictures: list[Picture] = []
+        for one in both:
+            if one.table.n.size:
+                pictures += gallery.of(one, "law", plots.law_figure, _law_caption(one))
+        pictures += _diagnostics(item, gallery)
+        blocks.append(Pictures(tuple(pictures)))
+        notes = [note for one in both for note in prose.quality_notes(one)] + [prose.single_index(item)]
+        blocks.append(Bullets(tuple(note for note in notes if note)))
+    return [block for block in blocks if not (isinstance(block, (Bullets, Pictures)) and not block.items)]
 
 
-def _law_picture(item: Study, gallery: _Gallery) -> Picture:
-    what = (
-        f"the {item.best.law.name} law and its 95% bootstrap band"
-        if item.best and item.best.converged
-        else "no law could be fitted"
+def _law_caption(study: Study) -> str:
+    drawn = study.best is not None and study.best.fit.converged
+    name = study.best.fit.law.name if study.best is not None else ""
+    what = f"the {name} law and its 95% bootstrap band" if drawn else "no law could be fitted"
+    return f"error against visual tokens; markers are cells; {what}."
+
+
+def _diagnostics(study: Study, gallery: _Gallery) -> list[Picture]:
+    pictures = gallery.of(
+        study, "residuals", figures.residual_figure, "what the chosen law leaves of each cell."
     )
-    name = f"{item.table.group}-law" + ("-paper" if item.origin == PAPER_ORIGIN else "")
-    caption = f"{item.table.group}, {item.origin}: error against visual tokens; markers are cells; {what}."
-    return gallery.add(name, plots.law_figure(item), caption)
+    return pictures + gallery.of(
+        study,
+        "normal",
+        figures.normal_figure,
+        "residuals against a normal distribution, with its 95% envelope.",
+    )
+
+
+def _ratio_section(studies: list[Study], paper: list[Study], gallery: _Gallery) -> list[Block]:
+    known = [one for one in _both(studies, paper) if one.methods]
+    if not known:
+        return []
+    text = (
+        "Intervals of one law by every method. Profile F and the bootstraps take the cells as independent; "
+        "the "
+        "mixed-effects interval takes the LLMs (and token counts) as a sample, and is the one to quote for "
+        "a new "
+        "family of LLMs."
+    )
+    blocks: list[Block] = [Heading("How sure is the ratio"), Text(text)]
+    for study in known:
+        blocks.append(method_table(study))
+    pictures: list[Picture] = []
+    for study in known:
+        pictures += gallery.of(
+            study, "ratio", figures.ratio_figure, "how much worse the fit gets when the ratio is held."
+        )
+        pictures += gallery.of(
+            study,
+            "ridge",
+            figures.ridge_figure,
+            "the best exponents for each floor D that one may assume, and their ratio.",
+        )
+    return [*blocks, Pictures(tuple(pictures))] if pictures else blocks
 
 
 def _token_section(studies: list[Study], paper: list[Study], gallery: _Gallery) -> list[Block]:
     text = (
-        "At a fixed cost 2N(Q + V), the law's best V is Q / (ratio - 1), whatever the budget, as long as "
-        "it lies inside the measured V; Q is the number of text tokens. Bands are 95% bootstrap intervals."
+        "At a fixed cost 2N(Q + V), the best V of a law of one index is Q / (ratio - 1), whatever the "
+        "budget, as long "
+        "as it lies inside the measured V; Q is the number of text tokens. Bands are 95% bootstrap intervals."
     )
     blocks: list[Block] = [Heading("How many visual tokens: V*(Q)"), Text(text)]
-    pictures = []
-    for name, group, title in (("tokens", studies, studies[0].origin), ("tokens-paper", paper, PAPER_ORIGIN)):
-        figure = plots.tokens_figure(group, title) if group else None
+    pictures: list[Picture] = []
+    for name, group in (("tokens", studies), ("tokens-paper", paper)):
+        figure = plots.tokens_figure(group, group[0].origin) if group else None
         if figure is not None:
-            pictures.append(
-                gallery.add(name, figure, f"Best number of visual tokens against text tokens, {title}.")
-            )
+            caption = f"Best number of visual tokens against text tokens, {group[0].origin}."
+            pictures.append(gallery.add(name, figure, caption))
+    for study in _both(studies, paper):
+        pictures += gallery.of(
+            study,
+            "choice",
+            figures.choice_figure,
+            "V* of the resamples, and the V that are practically as good.",
+        )
     if pictures:
         blocks.append(Pictures(tuple(pictures)))
     blocks.append(Bullets(tuple(prose.token_statement(item) for item in [*studies, *paper])))
-    return blocks
+    return blocks + [multiplier_table(study) for study in studies if study.multiplier]
 
 
 def _deploy_section(studies: list[Study], paper: list[Study]) -> list[Block]:
     text = (
-        "Three budgets inside the measured range of costs. The measured cell is the one of least error "
-        "within the budget, so its error is a little flattering; the law's pick is its best among the "
+        "Budgets inside the measured range of costs, unless you named your own. The measured cell is the "
+        "one of "
+        "least error within the budget, so its error is a little flattering; the law's pick is its best "
+        "among the "
         "measured LLMs and token counts, and the last columns are what it would choose with LLMs of any "
         "size. One residual sd tells how flat the optimum is: any V in that range is as good as this data "
         "can tell."
     )
-    grids: list[Grid] = [
-        deploy_table(one) for item in studies for one in _beside(item, paper) if one.deployments
-    ]
-    if not grids:
-        return [
-            Heading("What to deploy at three budgets"),
-            Text("No complete cell with an image, so no advice."),
-        ]
-    return [Heading("What to deploy at three budgets"), Text(text), *grids]
+    grids: list[Grid] = [deploy_table(one) for one in _both(studies, paper) if one.deployments]
+    heading = Heading("What to deploy for a budget")
+    return (
+        [heading, Text(text), *grids]
+        if grids
+        else [heading, Text("No complete cell with an image, so no advice.")]
+    )
 
 
-def _footer(dataset: Dataset, bootstrap: int, seed: int) -> Small:
-    versions = _versions()
+def _task_section(studies: list[Study], gallery: _Gallery) -> list[Block]:
+    several = [study for study in studies if study.pooled is not None and len(study.pooled.tasks) > 1]
+    if not several:
+        return []
+    text = (
+        "Fall of error per unit of ln N and ln V, task by task, before any average. Partial pooling draws "
+        "each slope "
+        "towards the mean as far as its own uncertainty, against the spread between tasks, allows."
+    )
+    blocks: list[Block] = [Heading("Task by task"), Text(text)]
+    pictures: list[Picture] = []
+    for study in several:
+        blocks.append(task_table(study))
+        pictures += gallery.of(
+            study, "tasks", figures.forest_figure, "slopes of each task, alone and pooled."
+        )
+    return [*blocks, Pictures(tuple(pictures))] if pictures else blocks
+
+
+def _design_section(studies: list[Study], gallery: _Gallery) -> list[Block]:
+    planned = [study for study in studies if study.design is not None]
+    if not planned:
+        return []
+    text = (
+        "What one more cell would take off the uncertainties, linearised at the fit, ranked by gain in "
+        "sd(ln ratio) per "
+        "training cost. Besides: a cell without an image (V = 0) for every LLM, an LLM larger than any "
+        "measured, and "
+        "a second seed of some cells tell what no cell of this grid can."
+    )
+    blocks: list[Block] = [Heading("What to run next"), Text(text)]
+    pictures: list[Picture] = []
+    for study in planned:
+        blocks.append(design_table(study))
+        pictures += gallery.of(
+            study, "design", figures.design_figure, "how much one more cell takes off sd(ln ratio)."
+        )
+    return [*blocks, Pictures(tuple(pictures))] if pictures else blocks
+
+
+def _footer(analysis: Analysis) -> Small:
+    dataset, options = analysis.dataset, analysis.studies[0].options
     origin = [f"Data: {dataset.source}, {prose.plural(dataset.rows, 'row')}, sha256 {dataset.sha256}."]
     for label, values in (
         ("vlmscale", dataset.versions),
@@ -242,13 +333,14 @@ def _footer(dataset: Dataset, bootstrap: int, seed: int) -> Small:
     ):
         if values:
             origin.append(f"Rows written by {label}: {', '.join(values)}.")
+    known = {**versions(), "matplotlib": matplotlib.__version__}
     return Small(
         (
             *origin,
-            f"Bootstrap: {bootstrap} resamples of the residuals, seed {seed}.",
-            "Versions: " + ", ".join(f"{name} {value}" for name, value in versions.items()) + ".",
+            f"Bootstrap: {options.bootstrap} resamples, seed {options.seed}; loss: {options.loss}.",
+            "Versions: " + ", ".join(f"{name} {value}" for name, value in known.items()) + ".",
             f"Published numbers: {prose.PAPER}, from its released scaling_law_code/values.py; their known "
             "defects are in analysis/paper_data/README.md.",
-            f"Again: python -m analysis DATA --out DIR --bootstrap {bootstrap} --seed {seed}",
+            f"Again: python -m analysis DATA --out DIR --bootstrap {options.bootstrap} --seed {options.seed}",
         )
     )

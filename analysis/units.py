@@ -55,3 +55,18 @@ def interval(pair: tuple[float, float] | list[float] | None, digits: int = 3) ->
 def fixed(pair: tuple[float, float] | None, decimals: int = 2) -> str:
     """A 95% interval with so many decimals, '[0.64, 0.81]', or '' where there is none."""
     return "" if pair is None else f"[{pair[0]:.{decimals}f}, {pair[1]:.{decimals}f}]"
+
+
+def level(value: float, target: str, digits: int = 1) -> str:
+    """An error as a percentage ('46.5%'), a loss as a number ('2.31')."""
+    return percent(value, digits) if target == "error" else significant(value, 3 if digits < 2 else 4)
+
+
+def points(value: float, target: str, digits: int = 2) -> str:
+    """A difference of errors in percentage points ('0.33 pt'), of losses as a number ('0.021')."""
+    return f"{100 * value:.{digits}f} pt" if target == "error" else significant(value, 3)
+
+
+def cost(value: float, unit: str) -> str:
+    """A cost in its unit: '8.76 TFLOP' or '12.3 ms'."""
+    return flops(value) if unit == "FLOP" else f"{significant(value)} {unit}"
