@@ -14,6 +14,7 @@ import numpy as np
 
 from analysis.fit import Fit, jacobian, scaled_jacobian
 
+_MENU = 24  # levels of an axis that a person can still choose from
 TRAIN_TEXT_TOKENS = 200.0  # text tokens of a training conversation (LLaVA's mix has about that many)
 
 
@@ -79,27 +80,35 @@ def design(
     ratio = _gradient(fit, lambda theta: math.log(abs(float(fit.law.ratio(theta))))) * scale
     bend = _gradient(fit, lambda theta: float(fit.law.natural(theta, fit.cells.frame)["lam"])) * scale
     bends = fit.law.name == "regular"
-    aim = jacobian(fit.law, fit.theta, *_place(fit, *target))[0] * scale
+    aim = jacobian(fit.law, fit.theta, *_place(fit, np.array([target[0]]), np.array([target[1]])))[0] * scale
     n, v = (grid.ravel() for grid in np.meshgrid(sizes, counts, indexing="ij"))
-    rows = _candidate_rows(fit, n, v) * scale
-    dearest = float((table.n * (train_text_tokens + table.v)).max())
+    rows = jacobian(fit.law, fit.theta, *_place(fit, n, v)) * scale
+    spread = rows @ base
+    gain = 1 + (spread * rows).sum(axis=1)
+
+    def left(gradient: np.ndarray) -> np.ndarray:
+        """Share of an sd that is left after each candidate: one more row takes (row B g)^2 / gain off g' B
+        g.
+        """
+        before = max(float(gradient @ base @ gradient), 1e-300)
+        return np.sqrt(np.maximum(1 - (spread @ gradient) ** 2 / gain / before, 0.0))
+
+    lefts = left(ratio), left(bend), left(aim)
+    cost = n * (train_text_tokens + v) / float((table.n * (train_text_tokens + table.v)).max())
     measured = set(zip(table.n.tolist(), table.v.tolist(), strict=True))
-    candidates = []
-    for i, row in enumerate(rows):
-        gain = 1 + row @ base @ row
-        after = base - np.outer(base @ row, base @ row) / gain
-        candidates.append(
-            Candidate(
-                float(n[i]),
-                float(v[i]),
-                _left(ratio, base, after),
-                _left(bend, base, after) if bends else None,
-                _left(aim, base, after),
-                float(math.log(gain)),
-                float(n[i] * (train_text_tokens + v[i])) / dearest,
-                (float(n[i]), float(v[i])) in measured,
-            )
+    candidates = [
+        Candidate(
+            float(n[i]),
+            float(v[i]),
+            float(lefts[0][i]),
+            float(lefts[1][i]) if bends else None,
+            float(lefts[2][i]),
+            float(np.log(gain[i])),
+            float(cost[i]),
+            (float(n[i]), float(v[i])) in measured,
         )
+        for i in range(n.size)
+    ]
     sd = [fit.sd * math.sqrt(max(g @ base @ g, 0.0)) for g in (ratio, bend, aim)]
     return Design(sd[0], sd[1] if bends else None, target, sd[2], tuple(candidates))
 
@@ -109,16 +118,8 @@ def _unit(matrix: np.ndarray) -> np.ndarray:
     return np.asarray(matrix / np.outer(root, root))
 
 
-def _left(gradient: np.ndarray, before: np.ndarray, after: np.ndarray) -> float:
-    return float(np.sqrt(max(gradient @ after @ gradient, 0.0) / max(gradient @ before @ gradient, 1e-300)))
-
-
-def _place(fit: Fit, n: float, v: float) -> tuple[np.ndarray, np.ndarray]:
-    return fit.cells.frame.coordinates(np.array([n]), np.array([v]) + fit.cells.shift)
-
-
-def _candidate_rows(fit: Fit, n: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return jacobian(fit.law, fit.theta, *fit.cells.frame.coordinates(n, v + fit.cells.shift))
+def _place(fit: Fit, n: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return fit.cells.frame.coordinates(n, v + fit.cells.shift)
 
 
 def _gradient(fit: Fit, quantity: Callable[[np.ndarray], float]) -> np.ndarray:
@@ -135,6 +136,10 @@ def _gradient(fit: Fit, quantity: Callable[[np.ndarray], float]) -> np.ndarray:
 
 
 def _beyond(values: np.ndarray, factor: float, least: float = 0.0) -> np.ndarray:
-    """The values, one step below the first (where allowed) and two above the last."""
+    """The values (a few where they are very many), one step below the first (where allowed) and two above the
+    last.
+    """
+    if values.size > _MENU:
+        values = values[np.linspace(0, values.size - 1, _MENU).round().astype(int)]
     more = [values[0] / factor, values[-1] * factor, values[-1] * factor**2]
     return np.unique(np.concatenate([values, [x for x in more if x >= least]]))

@@ -269,8 +269,7 @@ def fit_rows(
     )
     many, shape = starts.shape[0] // rows, (rows, cells.u.size)
     found = solve(
-        # The paper's form is the regular law until its bound is looked at: one program for both.
-        LAWS["regular"] if law.name == "paper" else law,
+        law,
         cells.u,
         cells.w,
         np.repeat(np.broadcast_to(targets, shape), many, axis=0) if many > 1 else targets,

@@ -20,6 +20,7 @@ import jax.scipy.special as jax_special
 import numpy as np
 import scipy.special
 
+Outer = Callable[[Any, Any], Any]
 Array = Any  # a numpy or a jax array, as the caller's array module makes them
 
 
@@ -38,6 +39,15 @@ def _second_and_third(theta: Array) -> tuple[Array, Array]:
     return theta[..., 1], theta[..., 2]
 
 
+class Program(NamedTuple):
+    """What the solver compiles, once for all laws that share it. mean None: the outer functions of a line."""
+
+    size: int
+    mean: Callable[[Any, Array, Array, Array], Array] | None
+    slopes: Callable[[Array], tuple[Array, Array]]
+    floor: tuple[float, ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Law:
     """One law.
@@ -48,7 +58,9 @@ class Law:
     theta[0] - theta[1] u - theta[2] w (for laws of more parameters: starts from it). natural(theta [..., k],
     frame): the parameters of `formula`, [...] each. single_index: prediction = g(a ln N + b ln V), so that V*
     does not depend on the budget. bounded: predictions lie in (0, 1), so no unbounded loss can be fitted.
-    floor: lower bounds of the centred parameters, () for none.
+    floor: lower bounds of the centred parameters, () for none. outer(xp, line): the law as a function of that
+    line, where it is one. within: the law of which this one is the first coordinates, the others being 0. The
+    last two say which laws share a compiled program.
     """
 
     name: str
@@ -61,11 +73,21 @@ class Law:
     single_index: bool = False
     bounded: bool = False
     floor: tuple[float, ...] = ()
+    outer: Outer | None = None
+    within: str = ""
 
     @property
     def size(self) -> int:
         """Number of parameters of the mean."""
         return len(self.coordinates)
+
+    @property
+    def program(self) -> Program:
+        """The program that fits this law, with the coordinates that it lacks held at 0."""
+        if self.outer is not None:
+            return Program(self.size, None, self.slopes, ())
+        host = LAWS[self.within] if self.within else self
+        return Program(host.size, host.mean, host.slopes, host.floor)
 
     def predict(self, theta: np.ndarray, u: np.ndarray, w: np.ndarray) -> np.ndarray:
         """Prediction [..., cells] for theta [..., k] at u, w [cells] or [..., cells]."""
@@ -106,6 +128,10 @@ def _expit(xp: Any, line: Array) -> Array:
 
 def _log_odds(y: np.ndarray) -> np.ndarray:
     return np.log(y / (1 - y))
+
+
+def _log_log(xp: Any, line: Array) -> Array:
+    return -xp.expm1(-_exp(xp, line))
 
 
 def _ndtr(xp: Any, line: Array) -> Array:
@@ -226,6 +252,11 @@ def _natural_logit_interaction(theta: np.ndarray, frame: Frame) -> Parameters:
     return {"p0": -line["c"], "p1": line["a"], "p2": line["b"], "p12": line["ab"]}
 
 
+def _of_line(outer: Outer) -> Callable[[Any, Array, Array, Array], Array]:
+    return lambda xp, theta, u, w: outer(xp, _line(theta, u, w))
+
+
+OUTERS: tuple[Outer, ...] = (_exp, _expit, _ndtr, _log_log)
 _FREE = float("inf")
 
 LAWS: Mapping[str, Law] = {
@@ -238,13 +269,15 @@ LAWS: Mapping[str, Law] = {
             lambda xp, theta, u, w: _line(theta, u, w),
             _natural_line,
             single_index=True,
+            within="quadratic",
         ),
         Law(
             "power",
             "Y = K N^-alpha V^-beta",
             ("level", "alpha", "beta"),
-            lambda xp, theta, u, w: _exp(xp, _line(theta, u, w)),
+            _of_line(_exp),
             _natural_power,
+            outer=_exp,
             link=lambda y: np.log(np.maximum(y, 1e-4)),
             single_index=True,
         ),
@@ -263,13 +296,15 @@ LAWS: Mapping[str, Law] = {
             _regular,
             _natural_paper,
             single_index=True,
+            within="regular",
         ),
         Law(
             "logit_linear",
             "logit(Y) = -(p0 + p1 ln N + p2 ln V)",
             ("level", "p1", "p2"),
-            lambda xp, theta, u, w: _expit(xp, _line(theta, u, w)),
+            _of_line(_expit),
             _natural_index,
+            outer=_expit,
             link=_log_odds,
             single_index=True,
             bounded=True,
@@ -278,8 +313,9 @@ LAWS: Mapping[str, Law] = {
             "probit_linear",
             "probit(Y) = -(p0 + p1 ln N + p2 ln V)",
             ("level", "p1", "p2"),
-            lambda xp, theta, u, w: _ndtr(xp, _line(theta, u, w)),
+            _of_line(_ndtr),
             _natural_index,
+            outer=_ndtr,
             link=scipy.special.ndtri,
             single_index=True,
             bounded=True,
@@ -288,8 +324,9 @@ LAWS: Mapping[str, Law] = {
             "log_accuracy",
             "-ln(1 - Y) = K N^-alpha V^-beta",
             ("level", "alpha", "beta"),
-            lambda xp, theta, u, w: -xp.expm1(-_exp(xp, _line(theta, u, w))),
+            _of_line(_log_log),
             _natural_power,
+            outer=_log_log,
             link=lambda y: np.log(-np.log1p(-y)),
             single_index=True,
             bounded=True,
@@ -302,6 +339,7 @@ LAWS: Mapping[str, Law] = {
             _natural_additive,
             slopes=_second_and_fourth,
             floor=(0.0, -_FREE, 0.0, -_FREE, 0.0),
+            within="additive_product",
         ),
         Law(
             "additive_product",
@@ -318,6 +356,7 @@ LAWS: Mapping[str, Law] = {
             ("y", "a", "b", "ab"),
             _interaction,
             _natural_interaction,
+            within="quadratic",
         ),
         Law(
             "quadratic",

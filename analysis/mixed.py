@@ -60,16 +60,21 @@ def mixed_interval(law: Law, table: Table, seed: int = 0) -> Mixed | None:
         return None
     rows, i = np.unique(np.log(table.n / 1e9), return_inverse=True)
     columns, j = np.unique(np.log(table.v), return_inverse=True)
-    design = np.concatenate([np.eye(rows.size)[i], np.eye(columns.size)[j]], axis=1)
     freedom = y.size - rows.size - columns.size + 1
     if freedom < 1:
         return None
-    effects, _, rank, _ = np.linalg.lstsq(design, y, rcond=None)
+    # Normal equations of one effect a row and one a column: small however many cells there are.
+    crossed = np.zeros((rows.size, columns.size))
+    np.add.at(crossed, (i, j), 1.0)
+    normal = np.block([[np.diag(crossed.sum(axis=1)), crossed], [crossed.T, np.diag(crossed.sum(axis=0))]])
+    sums = np.concatenate([np.bincount(i, y), np.bincount(j, y)])
+    effects, _, rank, _ = np.linalg.lstsq(normal, sums, rcond=1e-10)
     if rank < rows.size + columns.size - 1:
         return None
-    noise = float(((y - design @ effects) ** 2).sum()) / freedom
-    by_row = _line(rows, effects[: rows.size], np.bincount(i), noise, freedom)
-    by_column = _line(columns, effects[rows.size :], np.bincount(j), noise, freedom)
+    by_level = effects[: rows.size], effects[rows.size :]
+    noise = float(((y - by_level[0][i] - by_level[1][j]) ** 2).sum()) / freedom
+    by_row = _line(rows, by_level[0], np.bincount(i), noise, freedom)
+    by_column = _line(columns, by_level[1], np.bincount(j), noise, freedom)
     rng = np.random.default_rng(seed)
     draws = np.column_stack(
         [part.mean + part.careful * rng.standard_t(part.freedom, _DRAWS) for part in (by_row, by_column)]

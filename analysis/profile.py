@@ -69,8 +69,7 @@ def ratio_interval(fit: Fit, level: float = 0.95) -> RatioInterval:
         return _held_cost(fit, held)
 
     limit = _limit(fit, level)
-    low = _crossing(cost, centre, centre - math.pi / 2, limit)
-    high = _crossing(cost, centre, centre + math.pi / 2, limit)
+    low, high = _crossings(cost, centre, (centre - math.pi / 2, centre + math.pi / 2), limit)
     positive = slope_n > 0 and slope_v > 0
     if not positive or low is None or low <= 0:
         low = None
@@ -122,20 +121,32 @@ def _curve(
     )
 
 
-def _crossing(
-    cost: Callable[[np.ndarray], np.ndarray], inside: float, outside: float, limit: float
-) -> float | None:
-    """The first place between `inside` and `outside` where cost exceeds `limit`, or None where it never
+def _crossings(
+    cost: Callable[[np.ndarray], np.ndarray], centre: float, ends: tuple[float, float], limit: float
+) -> list[float | None]:
+    """For each end the first place from `centre` towards it where cost exceeds `limit`, or None where none
     does.
     """
-    for number in range(_ROUNDS):
-        grid = np.linspace(inside, outside, _POINTS + 1)[1:]
-        over = np.flatnonzero(cost(grid) > limit)
-        if over.size == 0:
-            return None if number == 0 else outside
-        first = int(over[0])
-        inside, outside = grid[first - 1] if first else inside, grid[first]
-    return (inside + outside) / 2
+    brackets: list[tuple[float, float] | None] = [(centre, end) for end in ends]
+    for _ in range(_ROUNDS):
+        live = [bracket for bracket in brackets if bracket is not None]
+        if not live:
+            break
+        grids = [np.linspace(inside, outside, _POINTS + 1)[1:] for inside, outside in live]
+        over = iter(cost(np.concatenate(grids)).reshape(len(live), _POINTS) > limit)
+        grid_of = iter(grids)
+        brackets = [
+            _narrowed(bracket, next(grid_of), next(over)) if bracket else None for bracket in brackets
+        ]
+    return [None if bracket is None else (bracket[0] + bracket[1]) / 2 for bracket in brackets]
+
+
+def _narrowed(bracket: tuple[float, float], grid: np.ndarray, over: np.ndarray) -> tuple[float, float] | None:
+    """The step of the grid in which `over` first turns true, or None where it never does."""
+    first = int(over.argmax())
+    if not over[first]:
+        return None
+    return (float(grid[first - 1]) if first else bracket[0]), float(grid[first])
 
 
 def bend_interval(best: Fit, level: float = 0.95) -> tuple[float | None, float | None]:
@@ -168,15 +179,11 @@ def bend_interval(best: Fit, level: float = 0.95) -> tuple[float | None, float |
         return np.where(found.converged, found.cost, np.inf)
 
     limit = _limit(best, level)
-    ends: list[float | None] = []
-    for sign in (-1.0, 1.0):
-        found = None
-        for reach in (8.0, 64.0):
-            found = _crossing(cost, centre[3], centre[3] + sign * reach * spread, limit)
-            if found is not None:
-                break
-        ends.append(found)
-    return ends[0], ends[1]
+    for reach in (8 * spread, 64 * spread):
+        low, high = _crossings(cost, centre[3], (centre[3] - reach, centre[3] + reach), limit)
+        if low is not None and high is not None:
+            break
+    return low, high
 
 
 def _bend_error(best: Fit, plain: Cells, centre: np.ndarray) -> float:

@@ -136,8 +136,9 @@ def plain(value: Any) -> Any:
 
 def _data(study: Study) -> dict[str, Any]:
     table = study.table
+    columns = {key: [x if math.isfinite(x) else None for x in getattr(table, key).tolist()] for key in _CELL}
     cells = [
-        {"llm_name": name, **{key: plain(float(getattr(table, key)[i])) for key in _CELL}}
+        {"llm_name": name, **{key: column[i] for key, column in columns.items()}}
         for i, name in enumerate(table.llm_name)
     ]
     return {

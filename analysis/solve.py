@@ -1,7 +1,7 @@
 """One Levenberg-Marquardt for every fit: each row of a batch has its own targets, weights, start and
 constraint.
 
-A bootstrap resample, a fold, a start and a profile point are all rows, so one compiled program a law does
+A bootstrap resample, a fold, a start and a profile point are all rows, so one compiled program does
 them all, 256 rows (fewer for thousands of cells) at a time. Method: Marquardt's diagonal damping (1963);
 bounds by projection, with a coordinate held while it sits on its bound and the gradient points outside
 (Kanzow, Yamashita and Fukushima 2004). Everything runs in float64 on the CPU, whatever accelerator the
@@ -17,13 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from analysis.laws import Law
+from analysis.laws import OUTERS, Law, Program
 
 CHUNK = 256
+_ROUND = 4096  # many cells are padded to a multiple of this
 _PLACES = 1 << 16  # cells times rows that one call holds
 MAX_STEPS = 200
 _STIFF = 1e5  # square root of the weight that holds a constrained quantity, over that of a cell
 _NEWTON_AFTER, _WARM = 12, 1  # steps from a cold start, and from one near the optimum
+_FIRST_PASS = 12
 _SMALL_STEP = 1e-11
 _SMALL_GAIN = 1e-14
 
@@ -42,16 +44,28 @@ class Solution(NamedTuple):
 
 
 def _residuals(
-    law: Law, log_scale: bool, theta: Any, u: Any, w: Any, targets: Any, held: Any, scale: Any
+    program: Program,
+    log_scale: bool,
+    kind: Any,
+    theta: Any,
+    u: Any,
+    w: Any,
+    targets: Any,
+    held: Any,
+    scale: Any,
 ) -> Any:
     """[cells + 1]: target - prediction, then the constraint held[0] * slope_n + held[1] * slope_v +
     held[2] * theta[3] + held[3], whose weight is zero where `held` is.
     """
-    prediction = law.mean(jnp, theta, u, w)
+    if program.mean is None:
+        line = theta[0] - theta[1] * u - theta[2] * w
+        prediction = jax.lax.switch(kind, [partial(outer, jnp) for outer in OUTERS], line)
+    else:
+        prediction = program.mean(jnp, theta, u, w)
     if log_scale:
         prediction = jnp.log(jnp.maximum(prediction, 1e-300))
-    by_size, by_tokens = law.slopes(theta)
-    extra = held[2] * theta[3] if law.size > 3 else 0.0
+    by_size, by_tokens = program.slopes(theta)
+    extra = held[2] * theta[3] if program.size > 3 else 0.0
     constraint = held[0] * by_size + held[1] * by_tokens + extra + held[3]
     return jnp.concatenate([targets - prediction, -_STIFF * scale * constraint[None]])
 
@@ -82,11 +96,13 @@ def _eliminate(system: Any, right: Any) -> Any:
     return table[..., -1]
 
 
-@partial(jax.jit, static_argnames=("law", "log_scale", "max_steps"))
+@partial(jax.jit, static_argnames=("program", "log_scale"))
 def _levenberg_marquardt(
-    law: Law,
+    program: Program,
     log_scale: bool,
-    max_steps: int,
+    kind: Any,
+    frozen: Any,
+    max_steps: Any,
     u: Any,
     w: Any,
     targets: Any,
@@ -99,15 +115,16 @@ def _levenberg_marquardt(
     """(theta, cost, converged, cosine, steps) of one chunk; see `solve`. The constraint is the last
     residual.
     """
-    k = law.size
-    low = jnp.array(law.floor or (-jnp.inf,) * k)
+    k = program.size
+    low = jnp.array(program.floor or (-jnp.inf,) * k)
     one = jnp.ones((weights.shape[0], 1))
     weights = jnp.concatenate([weights, one], axis=1)
     edge = jnp.concatenate([delta * jnp.ones(u.shape), jnp.full(1, jnp.inf)])
 
     def row(theta: Any, target: Any, hold: Any) -> Any:
         # The constraint is scaled by the spread of the row's targets, so that its stiffness has no unit.
-        return _residuals(law, log_scale, theta, u, w, target, hold, jnp.max(jnp.abs(target)) + 1e-300)
+        scale = jnp.max(jnp.abs(target)) + 1e-300
+        return _residuals(program, log_scale, kind, theta, u, w, target, hold, scale)
 
     def losses(residual: Any) -> Any:
         size = jnp.abs(residual)
@@ -126,15 +143,17 @@ def _levenberg_marquardt(
         pull = weights * jnp.clip(residual, -edge, edge)
         gradient = jnp.einsum("rc,rck->rk", pull, jac)
         curvature = jnp.einsum("rc,rck,rcl->rkl", weights * inside, jac, jac)
-        if law.floor:
+        if program.floor:
             # The additive laws have a valley so flat that what Gauss-Newton leaves out decides the way along
             # it;
             # far from it, Gauss-Newton is the safer guide.
-            second = jax.vmap(jax.jacfwd(jax.jacfwd(row)))(theta, targets, held)
-            second = jnp.where(weights[..., None, None] > 0, second, 0.0)
-            curvature += jnp.where(number >= newton_after, 1.0, 0.0) * jnp.einsum(
-                "rc,rckl->rkl", pull, second
-            )
+            def bent(theta: Any, target: Any, hold: Any, weight: Any) -> Any:
+                return jnp.vdot(weight, row(theta, target, hold))
+
+            def second(curvature: Any) -> Any:
+                return curvature + jax.vmap(jax.jacfwd(jax.grad(bent)))(theta, targets, held, pull)
+
+            curvature = jax.lax.cond(number >= newton_after, second, lambda first: first, curvature)
         robust = weights * jnp.where(inside, 1.0, edge / jnp.maximum(jnp.abs(residual), 1e-300))
         diagonal = jnp.einsum("rc,rck->rk", robust, jac**2)
         return gradient, curvature, diagonal, jnp.sum(pull * residual, axis=1)
@@ -142,9 +161,9 @@ def _levenberg_marquardt(
     def body(state: Any) -> Any:
         theta, residual, loss, damping, done, cosine, step_count, number = state
         gradient, curvature, diagonal, size = normal(theta, residual, number)
-        stuck = ((theta <= low) & (gradient < 0)) | (diagonal <= 0)
+        stuck = ((theta <= low) & (gradient < 0)) | (diagonal <= 0) | frozen
         step = _step(gradient, curvature, diagonal, damping, stuck, jnp.zeros_like(theta))
-        if law.floor:
+        if program.floor:
             # Where the step would leave the bounds, go to the bound and take the best step along it.
             over = ~stuck & (theta + step < low)
             step = _step(
@@ -216,27 +235,34 @@ def solve(
             raise TypeError(f"{name} is {array.dtype}; fits are made in float64 alone")
     rows, cells = start.shape[0], u.size
     # Cells are padded (with weight zero) to few sizes and rows to chunks, so that programs are compiled once.
-    width = max(32, 1 << (cells - 1).bit_length())
+    width = max(32, 1 << (cells - 1).bit_length()) if cells <= _ROUND else -(-cells // _ROUND) * _ROUND
     held = np.zeros((rows, 4)) if held is None else held
     targets = np.broadcast_to(targets, (rows, cells))
     weights = np.broadcast_to(weights, (rows, cells))
     u, w = np.pad(u, (0, width - cells)), np.pad(w, (0, width - cells))
-    newton_after = _WARM if warm else _NEWTON_AFTER
+    # A law may be the first coordinates of a larger one: the others are held at zero in its program.
+    width_of_theta = law.program.size
+    start = np.pad(start, ((0, 0), (0, width_of_theta - law.size)))
+    frozen = np.arange(width_of_theta) >= law.size
+    kind = OUTERS.index(law.outer) if law.outer is not None else 0
+    theta, cost, gradient = start.copy(), np.zeros(rows), np.zeros(rows)
+    converged, steps = np.zeros(rows, dtype=bool), np.zeros(rows, dtype=np.int64)
     chunk = max(1, min(CHUNK, _PLACES // width))
-    pieces = []
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        for first in range(0, rows, chunk):
-            own = slice(first, min(first + chunk, rows))
-            count = own.stop - first
-            # The first row fills the chunk: a padding row of zeros would never converge.
-            index = np.where(np.arange(chunk) < count, np.arange(chunk), 0) + first
+    # Most rows need few steps: a second pass gathers the others, so that no chunk waits for one of them.
+    newton_after = _WARM if warm else _NEWTON_AFTER
+    for limit, newton in ((_FIRST_PASS, newton_after), (max_steps - _FIRST_PASS, newton_after - _FIRST_PASS)):
+        left = np.flatnonzero(~converged)
+        for own in (left[first : first + chunk] for first in range(0, left.size, chunk)):
+            # Its first row fills the chunk: a padding row of zeros would never converge.
+            index = np.concatenate([own, np.full(chunk - own.size, own[0])])
             block = np.zeros((chunk, width)), np.zeros((chunk, width))
             block[0][:, :cells], block[1][:, :cells] = targets[index], weights[index]
-            found = _levenberg_marquardt(
-                law, log_scale, max_steps, u, w, *block, start[index], held[index], float(delta), newton_after
-            )
-            pieces.append([np.asarray(part)[:count] for part in found])
-    theta, cost, converged, gradient, steps = (np.concatenate(part) for part in zip(*pieces, strict=True))
-    if theta.dtype != np.float64:
-        raise TypeError(f"the solver ran in {theta.dtype}; fits are made in float64 alone")
-    return Solution(theta, cost, converged, gradient, steps)
+            fixed = kind, frozen, limit, u, w, *block, theta[index], held[index], float(delta), newton
+            with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+                found = _levenberg_marquardt(law.program, log_scale, *fixed)
+            parts = [np.asarray(part)[: own.size] for part in found]
+            theta[own], cost[own], converged[own], gradient[own] = parts[:4]
+            steps[own] += parts[4]
+            if parts[0].dtype != np.float64:
+                raise TypeError(f"the solver ran in {parts[0].dtype}; fits are made in float64 alone")
+    return Solution(theta[:, : law.size], cost, converged, gradient, steps)

@@ -205,6 +205,8 @@ def _all_laws(
     def one(name: str) -> LawStudy:
         return _one_law(name, table, options, cost, budget)
 
+    # The laws of most parameters take longest, so they start first.
+    wanted.sort(key=lambda name: -LAWS[name].size)
     with ThreadPoolExecutor(THREADS) as pool_of_threads:
         laws = dict(zip(wanted, pool_of_threads.map(one, wanted), strict=True))
 
@@ -245,7 +247,7 @@ def _with_best(base: Study, best: LawStudy) -> Study:
         methods=methods(best.fit, *drawn),
         interactions=_interactions(fits, table, options.loss),
         curvature=f_test(fits["power"], fits["regular"]) if {"power", "regular"} <= fits.keys() else None,
-        ridge=tuple(floor_ridge(regular.fit)) if regular is not None and regular.fit.loss == "raw" else (),
+        ridge=tuple(floor_ridge(regular.fit)) if regular is not None and _ridged(regular.fit) else (),
         design=planned if planned is not None else design(best.fit),
         without_copies=_without_copies(base, best),
     )
@@ -254,6 +256,10 @@ def _with_best(base: Study, best: LawStudy) -> Study:
     times = multipliers(best.fit, cost, budget, table.token_counts).tolist()
     pairs = tuple(zip(table.token_counts.tolist(), times, strict=True))
     return replace(base, multiplier=pairs, tokens=_tokens(best, base))
+
+
+def _ridged(regular: Fit) -> bool:
+    return regular.loss == "raw" and regular.cells.u.size <= MANY_CELLS
 
 
 def _tokens(best: LawStudy, base: Study) -> tuple[TokenChoice, ...]:

@@ -14,7 +14,7 @@ import numpy as np
 from analysis.data import Table
 from analysis.fit import MANY_CELLS, Fit, Rows, fit_rows, jacobian, scaled_jacobian
 
-MAX_FOLDS, FEW_FOLDS = 200, 5
+MAX_FOLDS, FEW_FOLDS = 200, 3
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ def validate(fit: Fit) -> Validation:
         indices.insert(0, np.arange(table.n.size))
     masks = [index == level for index in indices for level in np.unique(index)]
     weights = np.where(np.stack(masks), 0.0, fit.cells.weights)
-    found = fit_rows(fit.law, fit.cells, fit.cells.targets[None], weights)
+    start = fit.theta[None] if many else None
+    found = fit_rows(fit.law, fit.cells, fit.cells.targets[None], weights, start=start, warm=many)
     predicted = fit.law.predict(found.theta, fit.cells.u, fit.cells.w)
     told = _told(fit, found, weights)
     misses, first = [], 0
