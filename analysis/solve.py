@@ -2,7 +2,7 @@
 constraint.
 
 A bootstrap resample, a fold, a start and a profile point are all rows, so one compiled program does
-them all, 256 rows (fewer for thousands of cells) at a time. Method: Marquardt's diagonal damping (1963);
+them all, 64 rows (fewer for thousands of cells) at a time. Method: Marquardt's diagonal damping (1963);
 bounds by projection, with a coordinate held while it sits on its bound and the gradient points outside
 (Kanzow, Yamashita and Fukushima 2004). Everything runs in float64 on the CPU, whatever accelerator the
 machine has, so the digits do not depend on it.
@@ -19,7 +19,7 @@ import numpy as np
 
 from analysis.laws import OUTERS, Law, Program
 
-CHUNK = 256
+CHUNK = 64
 _ROUND = 4096  # many cells are padded to a multiple of this
 _PLACES = 1 << 16  # cells times rows that one call holds
 MAX_STEPS = 200
