@@ -5,8 +5,10 @@ digits.
 from __future__ import annotations
 
 import html
+import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from matplotlib.figure import Figure
 
 from analysis import figures, plots, prose
 from analysis.claims import claims
+from analysis.cost import FlopsCost
 from analysis.document import (
     Block,
     Bullets,
@@ -323,6 +326,25 @@ def _design_section(studies: list[Study], gallery: _Gallery) -> list[Block]:
     return [*blocks, Pictures(tuple(pictures))] if pictures else blocks
 
 
+def _words(options: Options) -> str:
+    """The options of the command that were not left at their defaults, and those that fix the digits."""
+    words = [f"--bootstrap {options.bootstrap} --seed {options.seed}"]
+    if options.laws != tuple(LAWS):
+        words += [f"--law {name}" for name in options.laws]
+    if options.loss != "raw":
+        words.append(f"--loss {options.loss}")
+    if options.latency:
+        words.append("--cost latency")
+    names = {"fixed_flops": "tower-flops", "flops_per_token": "token-flops"}
+    usual = FlopsCost(math.nan)
+    for item in fields(FlopsCost):
+        value = getattr(options.cost, item.name)
+        if value != getattr(usual, item.name) and not (isinstance(value, float) and math.isnan(value)):
+            name = names.get(item.name, item.name.replace("_", "-"))
+            words.append(f"--{name}" if value is True else f"--{name} {value:g}")
+    return " ".join(words + [f"--budget {value:g}" for value in options.budgets])
+
+
 def _footer(analysis: Analysis) -> Small:
     dataset, options = analysis.dataset, analysis.studies[0].options
     origin = [f"Data: {dataset.source}, {prose.plural(dataset.rows, 'row')}, sha256 {dataset.sha256}."]
@@ -341,6 +363,6 @@ def _footer(analysis: Analysis) -> Small:
             "Versions: " + ", ".join(f"{name} {value}" for name, value in known.items()) + ".",
             f"Published numbers: {prose.PAPER}, from its released scaling_law_code/values.py; their known "
             "defects are in analysis/paper_data/README.md.",
-            f"Again: python -m analysis DATA --out DIR --bootstrap {options.bootstrap} --seed {options.seed}",
+            f"Again: python -m analysis DATA --out DIR {_words(options)}",
         )
     )

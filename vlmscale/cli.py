@@ -21,7 +21,7 @@ Command = Callable[[argparse.Namespace, list[str]], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0 done, 2 a user's mistake, 42 saved and to be run again."""
     words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] == ["analyze"]:  # analysis parses its own words and imports no jax
+    if words[:1] == ["analyze"]:  # analysis parses its own words
         from analysis.__main__ import main as analyze
 
         try:
