@@ -10,12 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from analysis.data import BUILT_IN, DataError
+from analysis.values import MOST_TOKENS
 
 EXAMPLE = """examples:
   vlmscale analyze runs/demo --out runs/demo/report
   vlmscale analyze paper-reasoning paper-ocr --out runs/paper
   vlmscale analyze my.csv --text-tokens 80 --gen-tokens 10 --batch 32 --intensity 206 --budget 5e12 --json
 """
+
+
+_FLOPS_OPTIONS = (
+    *("gen_tokens", "system_tokens", "query_pass", "intensity", "tower_flops", "token_flops", "attention"),
+)
 
 
 def _whole(least: int) -> Any:
@@ -27,15 +33,15 @@ def _whole(least: int) -> Any:
     return parse
 
 
-def _real(least: float, *, above: bool = False) -> Any:
+def _real(least: float, most: float, *, above: bool = False) -> Any:
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value < least or (above and value == least):
-            bound = "above" if above else "of at least"
-            raise argparse.ArgumentTypeError(f"expected a number {bound} {least:g}, got {text!r}")
+        if not least <= value <= most or (above and value == least):
+            bound = "above" if above else "from"
+            raise argparse.ArgumentTypeError(f"expected a number {bound} {least:g} to {most:g}, got {text!r}")
         return value
 
     return parse
@@ -74,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         default="raw",
         help="default raw: squares of the error",
     )
-    add("--bootstrap", metavar="R", type=_whole(1), default=10_000, help="resamples (default 10000)")
+    add("--bootstrap", metavar="R", type=_whole(100), default=10_000, help="resamples (default 10000)")
     add("--seed", metavar="S", type=_whole(0), default=0, help="seed of the resampling (default 0)")
     cost = result.add_argument_group("what an answer costs")
     add = cost.add_argument
@@ -87,16 +93,28 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--text-tokens",
         metavar="Q",
-        type=_real(0),
+        type=_real(0, MOST_TOKENS),
         help="prompt text tokens (default: the data's mean, or 50)",
     )
-    add("--gen-tokens", metavar="G", type=_real(0), default=0.0, help="decoded tokens (default 0)")
-    add("--system-tokens", metavar="S", type=_real(0), default=0.0, help="further prompt tokens (default 0)")
-    add("--batch", metavar="B", type=_real(1), default=1.0, help="answers decoded together (default 1)")
+    add(
+        "--gen-tokens",
+        metavar="G",
+        type=_real(0, MOST_TOKENS),
+        default=0.0,
+        help=("decoded tokens (default 0)"),
+    )
+    add(
+        "--system-tokens",
+        metavar="S",
+        type=_real(0, MOST_TOKENS),
+        default=0.0,
+        help=("further prompt tokens (default 0)"),
+    )
+    add("--batch", metavar="B", type=_real(1, 1e9), default=1.0, help="answers decoded together (default 1)")
     add(
         "--intensity",
         metavar="I",
-        type=_real(0),
+        type=_real(0, 1e9),
         default=0.0,
         help="peak FLOP/s over bytes/s of the hardware (about 206 for an H200); default 0: FLOPs alone",
     )
@@ -104,14 +122,14 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--tower-flops",
         metavar="F",
-        type=_real(0),
+        type=_real(0, 1e30),
         default=0.0,
         help="FLOPs of the tower an image (default 0)",
     )
     add(
         "--token-flops",
         metavar="F",
-        type=_real(0),
+        type=_real(0, 1e30),
         default=0.0,
         help="FLOPs a visual token costs outside the LLM (default 0)",
     )
@@ -119,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--budget",
         metavar="C",
-        type=_real(0, above=True),
+        type=_real(0, 1e36, above=True),
         action="append",
         default=[],
         help="FLOPs (or ms) an answer; may be repeated; default: three inside the data",
@@ -191,6 +209,16 @@ def _options(args: argparse.Namespace) -> Any:
         attention=args.attention,
     )
     latency = args.cost == "latency"
+    given = [f"--{name.replace('_', '-')}" for name in _FLOPS_OPTIONS if getattr(args, name)]
+    if args.text_tokens is not None:
+        given.append("--text-tokens")
+    if latency and (given or args.batch != 1):
+        raise ValueError(
+            f"--cost latency takes milliseconds as measured; {', '.join(given) or '--batch'} "
+            "cannot change them"
+        )
+    if not args.gen_tokens and (args.intensity or args.batch != 1):
+        raise ValueError("--batch and --intensity say what decoding costs; give --gen-tokens too")
     return Options(laws, args.bootstrap, args.seed, args.loss, cost, latency, tuple(args.budget))
 
 

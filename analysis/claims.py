@@ -15,6 +15,7 @@ from analysis.fit import fit
 from analysis.laws import LAWS
 from analysis.optimum import best_tokens, optimum
 from analysis.pooling import pool
+from analysis.profile import f_deviance
 from analysis.published import exhaustive
 from analysis.study import PAPER_ORIGIN, LawStudy, Study
 from analysis.units import fixed, interval, percent, significant
@@ -71,7 +72,7 @@ def _reasoning(study: Study) -> list[tuple[str, str, str]]:
             "With the text cached (Q = 0): the fewest visual tokens and the largest LLM",
             f"a > b in {percent(_larger(law), 1)} of resamples; without any law the larger LLM wins "
             f"{_iso(study, 0.0)} pairs of equal cost",
-            f"P = {np.mean(at_zero == at_zero.min()):.3f}",
+            f"P = {np.mean(at_zero == study.table.token_counts[0]):.3f}",
         ),
         (
             'Exactly "one" visual token',
@@ -134,17 +135,18 @@ def _exponents(study: Study) -> tuple[str, str, str]:
     regular = study.laws.get("regular")
     bend = regular.bend if regular else None
     ends = [significant(x) if x is not None else "unbounded" for x in bend] if bend else ["-", "-"]
-    not_rejected = [row for row in study.ridge if row["deviance"] <= 3.84]
-    alphas = [row["alpha"] for row in not_rejected] or [float("nan")]
-    test = (
-        f"; D = 0 is rejected (F = {study.curvature[0]:.1f}, p = {study.curvature[1]:.2g})"
-        if study.curvature
-        else ""
+    not_rejected = (
+        [row for row in study.ridge if row["deviance"] <= f_deviance(regular.fit)] if regular else []
     )
+    alphas = [row["alpha"] for row in not_rejected] or [float("nan")]
+    test = ""
+    if study.curvature:
+        verb = "is rejected" if study.curvature[1] < 0.05 else "is not rejected"
+        test = f"; D = 0 {verb} (F = {study.curvature[0]:.1f}, p = {study.curvature[1]:.2g})"
     return (
         "alpha = 0.077, beta = 0.015",
-        f"along D the same fit has alpha from {min(alphas):.4f} to {max(alphas):.3f} (D below 0, not "
-        "rejected) while "
+        f"along D the same fit has alpha from {min(alphas):.4f} to {max(alphas):.3f} (D not "
+        "rejected: below {max(r['D'] for r in not_rejected):.2f}) while "
         f"the ratio moves from {min(r['ratio'] for r in not_rejected):.2f} to "
         f"{max(r['ratio'] for r in not_rejected):.2f}{test}"
         if not_rejected

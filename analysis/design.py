@@ -42,10 +42,11 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Design:
-    """sd now: of ln ratio, of lam (regular law only) and of the prediction at `target` (n, v); and
-    candidates.
+    """law: under which all is computed. sd now: of ln ratio, of lam (regular law only) and of the prediction
+    at `target` (n, v); and candidates.
     """
 
+    law: str
     ratio_sd: float
     bend_sd: float | None
     target: tuple[float, float]
@@ -110,7 +111,7 @@ def design(
         for i in range(n.size)
     ]
     sd = [fit.sd * math.sqrt(max(g @ base @ g, 0.0)) for g in (ratio, bend, aim)]
-    return Design(sd[0], sd[1] if bends else None, target, sd[2], tuple(candidates))
+    return Design(fit.law.name, sd[0], sd[1] if bends else None, target, sd[2], tuple(candidates))
 
 
 def _unit(matrix: np.ndarray) -> np.ndarray:

@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
-from scipy.special import betaincinv, fdtri, ndtri
+from scipy.special import betaincinv, ndtri
 
 from analysis.fit import Fit, scaled_jacobian
 from analysis.outlook import choice_figure, design_figure
 from analysis.pooling import Slope, TaskSlopes
+from analysis.profile import f_deviance
 from analysis.study import Study
 from analysis.style import (
     BLUE,
@@ -58,7 +59,6 @@ __all__ = [
     "ridge_figure",
 ]
 
-NOT_REJECTED = 3.84  # deviance that one degree of freedom exceeds in 5% of samples
 _MOST_POINTS = 500
 _TICKED_FLOORS = (-1.0, -3.0, -10.0, -30.0, -100.0, -300.0, -1000.0)
 
@@ -74,7 +74,7 @@ def ratio_figure(study: Study) -> Figure | None:
         return None
     lead, others = shown[0], shown[1:]
     fit, ends = lead.fit, lead.profile.ends
-    level = fit.cells.u.size * float(np.log1p(fdtri(1, fit.freedom, 0.95) / fit.freedom))
+    level = f_deviance(fit)
     figure, axes = new_figure(f"{study.table.group}, {study.origin}: ratio {fit.ratio:.2f} {fixed(ends)}")
     top = 2.6 * level
     curves = [np.array(law.profile.curve).T for law in shown]
@@ -152,7 +152,8 @@ def ridge_figure(study: Study) -> Figure | None:
     upper.plot(d, beta, color=ORANGE, lw=2.0, ls=(0, (5, 1.5)), label="beta (visual tokens)")
     lower.plot(d, ratio, color="black", lw=2.0, label="alpha / beta")
     lower.set_ylim(0, 1.35 * float(np.abs(ratio).max()))
-    kept = _shade_floors((upper, lower), d, deviance, edge)
+    limit = f_deviance(study.laws["regular"].fit)
+    kept = _shade_floors((upper, lower), d, deviance, edge, limit)
     upper.set_ylabel("exponent")
     lower.set_ylabel("alpha / beta")
     unit = "error" if study.table.target == "error" else "loss"
@@ -185,10 +186,12 @@ def _floor_ticks(d: np.ndarray, edge: float) -> list[float]:
     )
 
 
-def _shade_floors(panels: tuple[Axes, ...], d: np.ndarray, deviance: np.ndarray, edge: float) -> bool:
+def _shade_floors(
+    panels: tuple[Axes, ...], d: np.ndarray, deviance: np.ndarray, edge: float, limit: float
+) -> bool:
     """Shade the D that are not rejected and mark D = 0; whether there are any of the former."""
     place = np.linspace(-np.log(edge - d[0]), -np.log(edge - d[-1]), 400)
-    kept = np.interp(place, -np.log(edge - d), deviance) <= NOT_REJECTED
+    kept = np.interp(place, -np.log(edge - d), deviance) <= limit
     for axes in panels:
         axes.fill_between(
             edge - np.exp(-place),

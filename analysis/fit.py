@@ -12,12 +12,13 @@ import numpy as np
 from scipy.special import fdtrc
 
 from analysis.data import Table
-from analysis.laws import LAWS, Frame, Law
+from analysis.laws import LAWS, MOST_EXPONENT, Frame, Law
 from analysis.solve import MAX_STEPS, solve
 
 LOSSES = ("raw", "log", "huber", "binomial")
+_THIN = 500  # cells that say enough about where to start
 MANY_CELLS = 2000  # above, the large-sample normal stands for resampling, which would take minutes
-_EXACT = 1e-20  # a sum of squares below this is rounding: AICc has no meaning
+_EXACT = 1e-18  # of the targets' own scatter; a sum of squares below is rounding, and AICc has no meaning
 _STEEP = 30.0  # an index that moves this far over the cells is a step between 0 and 1, not a law
 _TUNING = 1.345  # Huber's constant: 95% efficiency under normal noise
 
@@ -59,7 +60,7 @@ class Fit:
     the scale of the loss (error for raw, ln error for log and huber). r2, aicc: None where undefined. sd:
     residual standard deviation. freedom: cells - k. gradient: largest cosine between residuals and a free
     column of the Jacobian (0 at an optimum). condition: of the Jacobian with unit columns. bounds: the
-    coefficients that sit on their bound 0.
+    coefficients that sit on a bound. exact: no residual but rounding.
     """
 
     law: Law
@@ -77,6 +78,7 @@ class Fit:
     gradient: float
     condition: float
     bounds: tuple[str, ...]
+    exact: bool = False
 
     @property
     def params(self) -> dict[str, float]:
@@ -132,8 +134,11 @@ def why_no_fit(table: Table, law: Law | None = None) -> str | None:
         return None
     if law.bounded and table.target != "error":
         return f"the {law.name} law describes an error between 0 and 1, not a loss"
-    if table.n.size <= law.size:
-        return f"{table.n.size} cells measured; the {law.name} law has {law.size} parameters"
+    if law.size > 3 and table.n.size < law.size + 3:
+        return (
+            f"{table.n.size} cells measured; the {law.name} law, of {law.size} parameters, needs "
+            f"{law.size + 3}"
+        )
     if (
         law.name == "interaction"
         and np.linalg.matrix_rank(np.column_stack([np.ones_like(u), u, w, u * w])) < 4
@@ -183,7 +188,7 @@ def _cells(table: Table, loss: str, shift: float) -> Cells:
     log_scale = loss in ("log", "huber")
     if log_scale and table.error.min() <= 0:
         raise ValueError(f"loss {loss!r} takes logarithms, and a cell of {table.group} has no error at all")
-    if loss == "binomial" and not np.isfinite(table.sampling_sd).all():
+    if loss == "binomial" and not np.isfinite(table.n_items).all():
         raise ValueError("loss 'binomial' needs n_items in every row")
     targets = np.log(table.error) if log_scale else table.error
     return Cells(
@@ -213,7 +218,7 @@ def _noise_delta(law: Law, cells: Cells) -> float:
 
 def _reweighted(law: Law, table: Table, cells: Cells, found: Rows) -> tuple[Cells, Rows]:
     """Quasi-binomial fit: weights and extra variance (by moments) from the fit, until the weights settle."""
-    items = np.maximum(table.error * (1 - table.error), 1e-4) / table.sampling_sd.clip(1e-9) ** 2
+    items = table.n_items
     for _ in range(100):
         p = np.clip(law.predict(found.theta[0], cells.u, cells.w), 1e-3, 1 - 1e-3)
         noise = p * (1 - p) / items
@@ -326,18 +331,63 @@ def starting_points(law: Law, cells: Cells, targets: np.ndarray, weights: np.nda
     line = np.broadcast_to(np.linalg.solve(normal, right[..., None])[..., 0], (rows, 3))
     if not law.floor:
         return np.concatenate([line, np.zeros((rows, law.size - 3))], axis=1)
-    points = []
-    # One start where the cells are so many that every step counts and the optimum is sharp.
-    splits = (
-        ((0.5, 0.0), (0.25, 0.0), (0.75, 0.0), (0.5, 0.6), (0.5, 0.9))
-        if cells.u.size <= MANY_CELLS
-        else ((0.5, 0.0),)
-    )
-    for share, rest in splits:
-        whole = np.maximum(line[:, 0], 1e-6) * (1 - rest)
-        point = [whole * share, line[:, 1], whole * (1 - share), line[:, 2], np.maximum(line[:, 0], 0) * rest]
-        points.append(np.stack(point + [np.zeros(rows)] * (law.size - 5), axis=1))
-    return np.stack(points, axis=1).reshape(rows * len(points), law.size)
+    grid = _additive_starts(law, cells, level, np.broadcast_to(weights, (rows, cells.u.size)))
+    return grid.reshape(-1, law.size)
+
+
+_EXPONENTS = np.geomspace(0.02, 4.0, 10)
+_SUBSETS = ((0, 1, 2), (0, 1), (0, 2), (1, 2), (0,), (1,))
+
+
+def _additive_starts(law: Law, cells: Cells, level: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[R, S, k]: the best non-negative a, b, D on a grid of exponents; one start for each quarter of the
+    grid, because a steep and a flat exponent are valleys of their own (one start where the cells are very
+    many).
+    """
+    thin = slice(None, None, max(1, cells.u.size // _THIN))
+    u, w, weights = cells.u[thin], cells.w[thin], weights[:, thin]
+    level = np.broadcast_to(level, (weights.shape[0], cells.u.size))[:, thin]
+    points, costs = [], []
+    for alpha in _EXPONENTS:
+        for beta in _EXPONENTS:
+            found, cost = _non_negative(
+                np.stack([np.exp(-alpha * u), np.exp(-beta * w), np.ones_like(u)]), level, weights
+            )
+            a, b = (np.maximum(found[:, i], 1e-3 * level.mean(axis=1)) for i in (0, 1))
+            rest = [np.zeros_like(a)] * (law.size - 5)
+            points.append(np.stack([a, a * alpha, b, b * beta, found[:, 2], *rest], axis=1))
+            costs.append(cost)
+    half, side = _EXPONENTS.size // 2, _EXPONENTS.size
+    steep = np.arange(side * side) // side >= half, np.arange(side * side) % side >= half
+    cost = np.stack(costs)
+    masks = [(steep[0] == i) & (steep[1] == j) for i in (False, True) for j in (False, True)]
+    if cells.u.size > MANY_CELLS:
+        masks = [np.ones(side * side, dtype=bool)]
+    best = [np.where(mask[:, None], cost, np.inf).argmin(axis=0) for mask in masks]
+    return np.stack([np.stack(points)[index, np.arange(index.size)] for index in best], axis=1)
+
+
+def _non_negative(
+    columns: np.ndarray, targets: np.ndarray, weights: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(coefficients [R, 3], cost [R]) of least squares with coefficients >= 0, by trying the few active
+    sets.
+    """
+    normal = np.einsum("rc,ic,jc->rij", weights, columns, columns)
+    right = np.einsum("rc,ic->ri", weights * targets, columns)
+    square = (weights * targets**2).sum(axis=1)
+    best, least = np.zeros((targets.shape[0], 3)), np.full(targets.shape[0], np.inf)
+    for subset in _SUBSETS:
+        inner = normal[:, subset][:, :, subset]
+        ridge = 1e-12 * np.trace(inner, axis1=1, axis2=2)[:, None, None] * np.eye(len(subset))
+        found = np.linalg.solve(inner + ridge, right[:, subset, None])[..., 0]
+        cost = square - (found * right[:, subset]).sum(axis=1)
+        better = (found >= 0).all(axis=1) & (cost < least)
+        least = np.where(better, cost, least)
+        whole = np.zeros_like(best)
+        whole[:, subset] = found
+        best = np.where(better[:, None], whole, best)
+    return best, least
 
 
 def jacobian(law: Law, theta: np.ndarray, u: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -379,10 +429,8 @@ def _describe(law: Law, table: Table, cells: Cells, loss: str, found: Rows) -> F
     sse = float(cells.weights @ residual**2)
     middle = np.average(cells.targets, weights=cells.weights)
     spread = float(cells.weights @ (cells.targets - middle) ** 2)
-    freedom = count - law.size
+    freedom, exact = count - law.size, sse <= _EXACT * spread
     objective = float(found.cost[0]) / 2 if loss == "huber" else float(found.cost[0])
-    held = np.array(law.floor) if law.floor else np.full(law.size, -np.inf)
-    bounds = tuple(name for name, at in zip(law.coordinates, theta <= held, strict=True) if at)
     jac = jacobian(law, theta, cells.u, cells.w) * np.sqrt(cells.weights)[:, None]
     length = np.linalg.norm(jac, axis=0)
     singular = np.linalg.svd(jac / np.where(length > 0, length, 1.0), compute_uv=False)
@@ -395,20 +443,47 @@ def _describe(law: Law, table: Table, cells: Cells, loss: str, found: Rows) -> F
         objective=objective,
         sse=sse,
         r2=1 - sse / spread if spread > 0 else None,
-        aicc=aicc(sse, count, law.size),
+        # Weights are variances up to a factor: their logarithms belong to the likelihood.
+        aicc=None
+        if exact or loss == "huber"
+        else _plus(aicc(sse, count, law.size), -np.log(cells.weights).sum()),
+        exact=exact,
         sd=math.sqrt(sse / freedom) if freedom else math.nan,
         freedom=freedom,
         converged=bool(found.converged[0]),
         gradient=float(found.gradient[0]),
         condition=float(singular[0] / singular[-1]) if singular[-1] > 0 else math.inf,
-        bounds=("D",) if law.name == "paper" and found.bound[0] else bounds,
+        bounds=_bounds(law, theta, cells.frame, bool(found.bound[0])),
     )
 
 
+def _plus(value: float | None, more: float) -> float | None:
+    return None if value is None else value + float(more)
+
+
+def _bounds(law: Law, theta: np.ndarray, frame: Frame, active: bool) -> tuple[str, ...]:
+    """What sits on a bound, in the names of the printed formula."""
+    if law.name == "paper":
+        return ("D = 0",) if active else ()
+    if not law.floor:
+        return ()
+    names = {"slope_n": "alpha", "slope_v": "beta"}
+    low = [
+        f"{names.get(x, x)} = 0"
+        for x, at in zip(law.coordinates, theta <= np.array(law.floor), strict=True)
+        if at
+    ]
+    natural = law.natural(theta, frame)
+    high = [
+        f"{x} = {MOST_EXPONENT:g}" for x in ("alpha", "beta") if natural[x] >= MOST_EXPONENT * (1 - 1e-12)
+    ]
+    return (*low, *high)
+
+
 def aicc(sse: float, cells: int, parameters: int) -> float | None:
-    """Corrected Akaike criterion, the noise variance counted; None for too few cells or an exact fit."""
+    """Corrected Akaike criterion, the noise variance counted; None for too few cells or no residual."""
     counted = parameters + 1
-    if cells <= counted + 1 or sse <= _EXACT:
+    if cells <= counted + 1 or sse <= 0:
         return None
     penalty = 2 * counted + 2 * counted * (counted + 1) / (cells - counted - 1)
     return cells * math.log(sse / cells) + penalty
@@ -416,10 +491,10 @@ def aicc(sse: float, cells: int, parameters: int) -> float | None:
 
 def f_test(small: Fit, large: Fit) -> tuple[float, float]:
     """(F, p) of the nested law `small` against `large`, fitted to the same cells with the same loss; NaN
-    where `large` leaves no residual to judge by.
+    where `large` leaves no residual to judge by, or where each law has weights of its own.
     """
     extra = large.law.size - small.law.size
-    if large.sse <= _EXACT or large.freedom < 1:
+    if large.exact or large.freedom < 1 or large.loss in ("huber", "binomial"):
         return math.nan, math.nan
     value = (small.sse - large.sse) / extra / (large.sse / large.freedom)
     return value, float(fdtrc(extra, large.freedom, max(value, 0.0)))

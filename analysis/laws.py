@@ -138,7 +138,7 @@ def _ndtr(xp: Any, line: Array) -> Array:
     return scipy.special.ndtr(line) if xp is np else jax_special.ndtr(line)
 
 
-_EXPONENT = (-6.0, 6.0)  # an additive exponent outside is a step over any measured range
+MOST_EXPONENT = 6.0  # an additive exponent beyond is a step over any measured range
 
 
 def _exponents(xp: Any, theta: Array) -> tuple[Array, Array]:
@@ -147,8 +147,8 @@ def _exponents(xp: Any, theta: Array) -> tuple[Array, Array]:
     """
     both = theta[..., 5] if theta.shape[-1] > 5 else 0.0
     return (
-        xp.clip(theta[..., 1] / xp.maximum(theta[..., 0] + both, 1e-9), *_EXPONENT),
-        xp.clip(theta[..., 3] / xp.maximum(theta[..., 2] + both, 1e-9), *_EXPONENT),
+        xp.clip(theta[..., 1] / xp.maximum(theta[..., 0] + both, 1e-9), 0.0, MOST_EXPONENT),
+        xp.clip(theta[..., 3] / xp.maximum(theta[..., 2] + both, 1e-9), 0.0, MOST_EXPONENT),
     )
 
 
@@ -333,22 +333,22 @@ LAWS: Mapping[str, Law] = {
         ),
         Law(
             "additive",
-            "Y = a N^-alpha + b V^-beta + D, all >= 0",
+            "Y = a N^-alpha + b V^-beta + D, all >= 0, exponents at most 6",
             ("a", "slope_n", "b", "slope_v", "D"),
             _additive,
             _natural_additive,
             slopes=_second_and_fourth,
-            floor=(0.0, -_FREE, 0.0, -_FREE, 0.0),
+            floor=(0.0, 0.0, 0.0, 0.0, 0.0),
             within="additive_product",
         ),
         Law(
             "additive_product",
-            "Y = a N^-alpha + b V^-beta + ab N^-alpha V^-beta + D, all but ab >= 0",
+            "Y = a N^-alpha + b V^-beta + ab N^-alpha V^-beta + D, all but ab >= 0, exponents at most 6",
             ("a", "slope_n", "b", "slope_v", "D", "ab"),
             _additive,
             _natural_additive,
             slopes=_second_and_fourth,
-            floor=(0.0, -_FREE, 0.0, -_FREE, 0.0, -_FREE),
+            floor=(0.0, 0.0, 0.0, 0.0, 0.0, -_FREE),
         ),
         Law(
             "interaction",

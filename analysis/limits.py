@@ -49,7 +49,7 @@ def _verdicts(study: Study) -> list[str]:
         notes.append(
             f"{group}: the exponents alpha and beta and the floor D one by one; only their ratio is known."
         )
-    bounds = [name for name, law in study.laws.items() if "D" in law.fit.bounds]
+    bounds = [name for name, law in study.laws.items() if "D = 0" in law.fit.bounds]
     if bounds:
         notes.append(
             f"{group}: a positive floor D; {', '.join(bounds)} sit on the bound D = 0, where resampling "

@@ -88,7 +88,7 @@ def mixed_interval(law: Law, table: Table, seed: int = 0) -> Mixed | None:
         by_row.interval(),
         by_column.interval(),
         (
-            math.tan(low) * scale if low > 0 else None,
+            math.tan(low) * scale if 0 < low < math.pi / 2 else None,
             math.tan(high) * scale if 0 < high < math.pi / 2 else None,
         ),
         float(np.mean(draws[:, 0] > draws[:, 1])),

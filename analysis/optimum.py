@@ -105,7 +105,7 @@ def optimum(
 ) -> Optimum | None:
     """V*, N* and how flat the optimum is; V within `v_range`, by default the measured one.
 
-    None where the budget buys no LLM at any V.
+    None where the budget buys no LLM (of one parameter or more) at any V.
     """
     table = fit.table
     v_min, v_max = v_range or (float(table.v.min()), float(table.v.max()))
@@ -113,7 +113,7 @@ def optimum(
     if not math.isfinite(v):
         return None
     n = float(cost.size_for(budget, v))
-    if n <= 0:
+    if n < 1:
         return None
     v_interval = n_interval = band = None
     if replicates is not None and replicates.theta.size:

@@ -19,6 +19,7 @@ from analysis.laws import LAWS
 
 _POINTS = 64
 _ROUNDS = 4
+_RETRIES = 4
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def ratio_interval(fit: Fit, level: float = 0.95) -> RatioInterval:
     def cost(angles: np.ndarray) -> np.ndarray:
         zero = np.zeros_like(angles)
         held = np.column_stack([np.cos(angles) / unit_n, -np.sin(angles) / unit_v, zero, zero])
-        return _held_cost(fit, held)
+        return _held_cost(fit, fit.cells, fit.theta, held)
 
     limit = _limit(fit, level)
     low, high = _crossings(cost, centre, (centre - math.pi / 2, centre + math.pi / 2), limit)
@@ -96,16 +97,26 @@ def _delta_interval(fit: Fit, level: float) -> RatioInterval:
     return RatioInterval(by_size / by_tokens * math.exp(-reach), by_size / by_tokens * math.exp(reach))
 
 
-def _held_cost(fit: Fit, held: np.ndarray) -> np.ndarray:
-    found = fit_rows(
-        fit.law,
-        fit.cells,
-        fit.cells.targets[None],
-        fit.cells.weights[None].repeat(len(held), 0),
-        start=fit.theta[None],
-        held=held,
-    )
-    return np.where(found.converged, found.cost, np.inf)
+def _held_cost(fit: Fit, cells: Cells, start: np.ndarray, held: np.ndarray) -> np.ndarray:
+    """[R] least cost under each constraint, NaN where the solver does not arrive. Neighbouring rows are
+    neighbouring constraints: a row that fails starts again from the optimum of the nearest one that did not.
+    """
+    targets, weights = cells.targets[None], cells.weights[None].repeat(len(held), 0)
+    found = fit_rows(fit.law, cells, targets, weights, start=start[None], held=held)
+    theta, cost, good = found.theta.copy(), found.cost.copy(), found.converged.copy()
+    for _ in range(_RETRIES):
+        lost, known = np.flatnonzero(~good), np.flatnonzero(good)
+        if lost.size == 0 or known.size == 0:
+            break
+        nearest = known[np.abs(lost[:, None] - known[None]).argmin(axis=1)]
+        again = fit_rows(fit.law, cells, targets, weights[lost], start=theta[nearest], held=held[lost])
+        theta[lost], cost[lost], good[lost] = again.theta, again.cost, again.converged
+    return np.where(good, cost, np.nan)
+
+
+def f_deviance(fit: Fit, level: float = 0.95) -> float:
+    """The deviance cells * ln(SSE / least SSE) at which an F test with one degree of freedom rejects."""
+    return fit.cells.u.size * math.log1p(float(fdtri(1, fit.freedom, level)) / fit.freedom)
 
 
 def _curve(
@@ -133,18 +144,23 @@ def _crossings(
         if not live:
             break
         grids = [np.linspace(inside, outside, _POINTS + 1)[1:] for inside, outside in live]
-        over = iter(cost(np.concatenate(grids)).reshape(len(live), _POINTS) > limit)
+        costs = iter(cost(np.concatenate(grids)).reshape(len(live), _POINTS))
         grid_of = iter(grids)
         brackets = [
-            _narrowed(bracket, next(grid_of), next(over)) if bracket else None for bracket in brackets
+            _narrowed(bracket, next(grid_of), next(costs), limit) if bracket else None for bracket in brackets
         ]
     return [None if bracket is None else (bracket[0] + bracket[1]) / 2 for bracket in brackets]
 
 
-def _narrowed(bracket: tuple[float, float], grid: np.ndarray, over: np.ndarray) -> tuple[float, float] | None:
-    """The step of the grid in which `over` first turns true, or None where it never does."""
-    first = int(over.argmax())
-    if not over[first]:
+def _narrowed(
+    bracket: tuple[float, float], grid: np.ndarray, cost: np.ndarray, limit: float
+) -> tuple[float, float] | None:
+    """The step of the grid in which `cost` first exceeds `limit`; None where it never does, or where a cost
+    that is not known comes first: what was not computed is not rejected.
+    """
+    out = ~(cost <= limit)
+    first = int(out.argmax())
+    if not out[first] or np.isnan(cost[first]):
         return None
     return (float(grid[first - 1]) if first else bracket[0]), float(grid[first])
 
@@ -154,7 +170,7 @@ def bend_interval(best: Fit, level: float = 0.95) -> tuple[float | None, float |
 
     lam belongs to N = 1 billion and V = 1, so the cells are described from there. None where it is unbounded.
     """
-    law, cells = best.law, best.cells
+    cells = best.cells
     if best.freedom < 1 or best.loss == "huber" or cells.u.size > MANY_CELLS:
         return None, None
     plain = cells._replace(
@@ -168,15 +184,7 @@ def bend_interval(best: Fit, level: float = 0.95) -> tuple[float | None, float |
         held = np.column_stack(
             [np.zeros((values.size, 2)), np.full(values.size, 1 / spread), -values / spread]
         )
-        found = fit_rows(
-            law,
-            plain,
-            plain.targets[None],
-            plain.weights[None].repeat(values.size, 0),
-            start=centre[None],
-            held=held,
-        )
-        return np.where(found.converged, found.cost, np.inf)
+        return _held_cost(best, plain, centre, held)
 
     limit = _limit(best, level)
     for reach in (8 * spread, 64 * spread):

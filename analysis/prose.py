@@ -42,14 +42,15 @@ def summary(dataset: Dataset, studies: list[Study], paper: list[Study]) -> str:
         return f"{plural(dataset.rows, 'row')} read, but no cell with an image is complete: nothing to fit."
     sizes = np.unique(np.concatenate([study.table.n for study in measured]))
     counts = np.unique(np.concatenate([study.table.v for study in measured]))
-    cells = len(
-        {pair for study in measured for pair in zip(study.table.llm_name, study.table.v, strict=True)}
-    )
-    tasks = sum(len(study.table.tasks) for study in measured)
+    grids = [set(zip(study.table.llm_name, study.table.v, strict=True)) for study in measured]
+    same = all(grid == grids[0] for grid in grids)
+    cells = len(grids[0]) if same else sum(len(grid) for grid in grids)
+    tasks = len({task for study in measured for task in study.table.tasks})
     first = (
         f"{plural(cells, 'cell')} were measured: {plural(sizes.size, 'LLM size')} ({_span(sizes, 'count')} "
         f"parameters) and {plural(counts.size, 'visual token count')} ({_span(counts, 'tokens')}), on "
-        f"{plural(tasks, 'task')} in {plural(len(measured), 'group')} "
+        f"{plural(tasks, 'task')} in "
+        f"{plural(len(measured), 'group')}{'' if same else ', all groups together'} "
         f"({listed([study.table.group for study in measured])})."
     )
     third = "The best number of visual tokens is therefore " + _best_v([s for s in measured if s.identified])
@@ -89,8 +90,12 @@ def _best_v(studies: list[Study]) -> str:
     known = [(study, study.optimum) for study in studies if study.optimum is not None]
     if not known:
         return "not known from these cells"
-    parts = listed([f"{choice_text(best)} for {study.table.group}" for study, best in known])
-    return f"{parts}, at a cost of {known[0][0].cost.describe()}"
+    costs = [study.cost.describe() for study, _ in known]
+    if len(set(costs)) == 1:
+        parts = listed([f"{choice_text(best)} for {study.table.group}" for study, best in known])
+        return f"{parts}, at a cost of {costs[0]}"
+    shown = zip(known, costs, strict=True)
+    return listed([f"{choice_text(best)} for {study.table.group} ({cost})" for (study, best), cost in shown])
 
 
 def choice_text(best: Optimum) -> str:

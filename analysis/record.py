@@ -93,7 +93,7 @@ def study_record(study: Study) -> dict[str, Any]:
         "refused_laws": dict(study.refused),
         "no_fit": study.no_fit,
         "best_law": best.fit.law.name if best else None,
-        "optimum": _optimum(study.optimum) if study.optimum else None,
+        "optimum": {"identified": study.identified, **_optimum(study.optimum)} if study.optimum else None,
         "averaged": plain(study.averaged),
         "cost": {
             **plain(study.cost),

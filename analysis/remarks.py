@@ -31,6 +31,8 @@ def remarks(study: Study) -> tuple[str, ...]:
         lines.append(
             f"{group}: without the copied cell {cells} the ratio is {study.without_copies.ratio:.3f}"
         )
+    if best is not None and best.verdict.identified and study.optimum is None:
+        lines.append(f"{group}: a budget of {study.budget:.3g} {study.cost.unit} buys no LLM at any V")
     if study.optimum is not None and study.optimum.extrapolated:
         lines.append(
             f"{group}: the best LLM for the budget {study.budget:.3g} lies outside the measured sizes"

@@ -114,7 +114,7 @@ def report_of(analysis: Analysis, out: Path) -> dict[str, Any]:
 def _blocks(analysis: Analysis, gallery: _Gallery) -> list[Block]:
     studies, paper = list(analysis.studies), list(analysis.paper)
     blocks: list[Block] = [Text(prose.summary(analysis.dataset, studies, paper), lead=True)]
-    blocks += claims(studies) if analysis.published else []
+    blocks += claims(studies) if analysis.published and studies[0].options.loss == "raw" else []
     blocks += _cost_section(studies, paper, gallery)
     blocks += _law_section(studies, paper, gallery)
     blocks += _ratio_section(studies, paper, gallery)
@@ -166,17 +166,25 @@ def _cost_section(studies: list[Study], paper: list[Study], gallery: _Gallery) -
     )
 
 
+_FITTED = {
+    "raw": "the error itself, by least squares",
+    "log": "the logarithm of the error, by least squares",
+    "huber": "the logarithm of the error, with Huber's loss",
+    "binomial": "the error itself, by least squares with binomial weights and extra variance",
+}
+
+
 def _law_section(studies: list[Study], paper: list[Study], gallery: _Gallery) -> list[Block]:
     formulas = tuple(f"{law.name}: {law.formula}" for law in LAWS.values())
     blocks: list[Block] = [
         Heading("Laws"),
         Bullets(formulas),
         Text(
-            "Y is the error, N in billions of parameters, V the visual tokens; fitted to the error itself. "
-            "The "
-            "ratio is that of the local slopes along ln N and ln V at the centre of the cells (a/b, "
-            "alpha/beta), "
-            "and is given only if both slopes and the ratio have positive, finite 95% intervals."
+            "Y is the error, N in billions of parameters, V the visual tokens; fitted to "
+            f"{_FITTED[studies[0].options.loss]}. The ratio is that of the local slopes along ln N and ln V "
+            "at the "
+            "centre of the cells (a/b, alpha/beta), and is given only if both slopes and the ratio have "
+            "positive, finite 95% intervals."
         ),
     ]
     for item in studies:
@@ -244,8 +252,10 @@ def _ratio_section(studies: list[Study], paper: list[Study], gallery: _Gallery) 
 def _token_section(studies: list[Study], paper: list[Study], gallery: _Gallery) -> list[Block]:
     text = (
         "At a fixed cost 2N(Q + V), the best V of a law of one index is Q / (ratio - 1), whatever the "
-        "budget, as long "
-        "as it lies inside the measured V; Q is the number of text tokens. Bands are 95% bootstrap intervals."
+        "budget, as "
+        "long as it lies inside the measured V. Q stands for all that is charged besides the visual tokens, "
+        "in "
+        "prefill tokens. Bands are 95% bootstrap intervals."
     )
     blocks: list[Block] = [Heading("How many visual tokens: V*(Q)"), Text(text)]
     pictures: list[Picture] = []

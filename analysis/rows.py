@@ -22,6 +22,7 @@ from analysis.units import count
 from analysis.values import (
     LEAST,
     MOST,
+    MOST_TOKENS,
     DataError,
     comparable,
     cut,
@@ -88,6 +89,9 @@ class Row(NamedTuple):
     heldout_loss: float = _NAN
 
 
+_MOST_FLOPS, _MOST_N = 1e36, 1e18  # beyond, a number is a slip of the pen and would overflow a cost
+
+
 class _Number(NamedTuple):
     """A number that a row may have: its names in JSON and CSV (None: not read there) and its bounds."""
 
@@ -103,14 +107,14 @@ _OPTIONAL = (
     _Number("chance", "chance", 0.0, 1.0),
     _Number("blind_score", "blind_score", 0.0, 1.0),
     _Number("n_nonembed", "n_nonembed_b", LEAST),
-    _Number("text_tokens_mean", "text_tokens"),
-    _Number("gen_tokens_mean", "gen_tokens"),
-    _Number("tower_flops", "tower_flops"),
-    _Number("compressor_flops", None),
-    _Number("query_pass_flops", None),
-    _Number("infer_flops", "infer_flops"),
-    _Number("latency_ms", "latency_ms"),
-    _Number("heldout_loss", None, LEAST),
+    _Number("text_tokens_mean", "text_tokens", 0.0, MOST_TOKENS),
+    _Number("gen_tokens_mean", "gen_tokens", 0.0, MOST_TOKENS),
+    _Number("tower_flops", "tower_flops", 0.0, _MOST_FLOPS),
+    _Number("compressor_flops", None, 0.0, _MOST_FLOPS),
+    _Number("query_pass_flops", None, 0.0, _MOST_FLOPS),
+    _Number("infer_flops", "infer_flops", 0.0, _MOST_FLOPS),
+    _Number("latency_ms", "latency_ms", LEAST, 1e15),
+    _Number("heldout_loss", None, LEAST, 1e9),
 )
 _REQUIRED = ("llm_params_b", "visual_tokens", "score")
 _NAMES = ("task", "task_group", "llm_name", "compressor")
@@ -274,7 +278,7 @@ def _jsonl_row(record: dict[str, Any], where: str, setups: dict[tuple[Any, ...],
         where,
         to_name(record["llm_name"], "llm_name", where),
         True,
-        to_number(record["n_total"], "n_total", where, low=LEAST),
+        to_number(record["n_total"], "n_total", where, low=LEAST, high=_MOST_N),
         to_tokens(record["visual_tokens"], where),
         to_name(record["task"], "task", where),
         to_name(record["task_group"], "task_group", where),
@@ -326,13 +330,13 @@ def _header(file: _File, lines: Iterator[tuple[int, list[str]]], required: tuple
         raise DataError(f"{file.label}: empty file; expected a header with {', '.join(required)}")
     header = [name.lower() for name in fields]
     where = f"{file.label}:{number}"
+    for name, times in Counter(header).items():
+        if name and times > 1:
+            raise DataError(f"{where}: column {cut(ascii(name))} is there {times} times; keep one")
     for name in required:
         if name not in header:
             hint = "; separate columns by commas" if len(header) == 1 and name in header[0] else ""
             raise DataError(f"{where}: column {name} is missing{hint}")
-    for name, times in Counter(header).items():
-        if name and times > 1:
-            raise DataError(f"{where}: column {cut(ascii(name))} is there {times} times; keep one")
     return header
 
 

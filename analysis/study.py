@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.bootstrap import Replicates, resample
+from analysis.bootstrap import Replicates, percentile_interval, resample
 from analysis.cost import Cost, FlopsCost, latency_cost
 from analysis.data import BUILT_IN, Dataset, Table, load
 from analysis.design import Design, design
@@ -75,7 +75,7 @@ class LawStudy:
 
 @dataclass(frozen=True)
 class TokenChoice:
-    """V* when an answer costs `q` text tokens and nothing else but the LLM: value, interval, corner."""
+    """V* when an answer costs `q` tokens besides the visual ones, and nothing but the LLM."""
 
     q: float
     best: Optimum
@@ -210,9 +210,11 @@ def _all_laws(
     with ThreadPoolExecutor(THREADS) as pool_of_threads:
         laws = dict(zip(wanted, pool_of_threads.map(one, wanted), strict=True))
 
-    def order(item: tuple[str, LawStudy]) -> tuple[bool, float, float]:
-        best = item[1].fit
-        return not best.converged, best.aicc if best.aicc is not None else -np.inf, best.sse
+    def order(item: tuple[str, LawStudy]) -> tuple[bool, int, float, float]:
+        # Among laws that fit to rounding, the simplest; a law with too few cells for an AICc comes last.
+        own = item[1].fit
+        size = own.law.size if own.exact else 99
+        return not own.converged, size, own.aicc if own.aicc is not None else np.inf, own.sse
 
     return dict(sorted(laws.items(), key=order)), {k: v for k, v in refused.items() if v is not None}
 
@@ -220,13 +222,21 @@ def _all_laws(
 def _one_law(name: str, table: Table, options: Options, cost: Cost, budget: float) -> LawStudy:
     found = fit(LAWS[name], table, loss=options.loss)
     replicates = resample(found, options.bootstrap, seed=options.seed)
-    profile = ratio_interval(found)
+    profile = ratio_interval(found) if options.loss != "huber" else _resampled_ratio(found, replicates)
     bend = bend_interval(found) if name == "regular" else None
     limits = float(table.v.min()), float(table.v.max())
     v = float(best_tokens(found, found.theta[None], cost, budget, *limits)[0])
     return LawStudy(
         found, replicates, profile, judge(found, replicates, profile, bend), validate(found), v, bend
     )
+
+
+def _resampled_ratio(found: Fit, replicates: Replicates) -> RatioInterval:
+    """For a loss that is no sum of squares, and so has no F test: percentiles of the resamples."""
+    slopes = np.array([found.law.slopes(theta) for theta in replicates.theta])
+    if not replicates.usable or (np.quantile(slopes, 0.025, axis=0) <= 0).any():
+        return RatioInterval(None, None)
+    return RatioInterval(*percentile_interval(found.law.ratio(replicates.theta)))
 
 
 def _with_best(base: Study, best: LawStudy) -> Study:
@@ -264,7 +274,8 @@ def _ridged(regular: Fit) -> bool:
 
 def _tokens(best: LawStudy, base: Study) -> tuple[TokenChoice, ...]:
     choices = []
-    for q in sorted({0.0, base.q, 2 * base.q, 4 * base.q}):
+    asked = base.cost.effective_tokens if isinstance(base.cost, FlopsCost) else base.q
+    for q in sorted({0.0, asked, 2 * asked, 4 * asked}):
         found = optimum(
             best.fit, FlopsCost(q), base.budget if not base.options.latency else 1e12, best.replicates
         )

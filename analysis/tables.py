@@ -216,7 +216,7 @@ def design_table(study: Study) -> Grid:
     if design.bend_sd is not None:
         now += f", sd(lam) = {significant(design.bend_sd, 2)}"
     now += f", sd of that prediction {points(design.target_sd, study.table.target)}"
-    return Grid(header, rows, f"{study.table.group}, {study.origin}: {now}.")
+    return Grid(header, rows, f"{study.table.group}, {study.origin}, by the {design.law} law: {now}.")
 
 
 def _off(left: float) -> str:
@@ -279,7 +279,9 @@ def cell_table(studies: list[Study]) -> Grid:
         for name, error in table.blind.items():
             if name in sizes:
                 errors[float(sizes[name]), name, 0.0][table.group] = level(error, table.target)
-    first = studies[0].cost
+    costs = {study.cost.describe(): study.cost for study in studies}
+    # Groups that are charged differently have no one cost a cell.
+    price = next(iter(costs.values())) if len(costs) == 1 else None
     groups = [study.table.group for study in studies]
     rows = []
     for key in sorted(errors):
@@ -287,7 +289,9 @@ def cell_table(studies: list[Study]) -> Grid:
         total = flops(float(np.mean(counted[key]))) if key in counted else "-"
         shown = tuple(errors[key].get(group, "-") for group in groups)
         label = "0 (no image)" if v == 0 else tokens(v)
-        rows.append((name, count(n), label, cost(float(first(n, v)), first.unit), total, *shown))
+        rows.append(
+            (name, count(n), label, cost(float(price(n, v)), price.unit) if price else "-", total, *shown)
+        )
     header = ("LLM", "N", "V", "cost", "counted FLOPs", *(f"error, {group}" for group in groups))
-    caption = f"Cost: {first.describe()}; counted FLOPs as the rows record them (- if they do not)."
+    caption = f"Cost: {', '.join(costs)}; counted FLOPs as the rows record them (- if they do not)."
     return Grid(header, tuple(rows), caption)

@@ -130,8 +130,12 @@ def leverages(fit: Fit) -> np.ndarray:
 
 def akaike_weights(fits: list[Fit]) -> np.ndarray:
     """[fits] weights exp(-dAICc / 2), normalised; a fit without an AICc or that did not converge weighs
-    nothing.
+    nothing. Where laws fit to rounding, the simplest of them share all the weight.
     """
+    exact = [f.law.size for f in fits if f.exact and f.converged]
+    if exact:
+        simplest = np.array([float(f.exact and f.converged and f.law.size == min(exact)) for f in fits])
+        return simplest / simplest.sum()
     values = np.array([f.aicc if f.aicc is not None and f.converged else np.inf for f in fits])
     if not np.isfinite(values).any():
         return np.zeros(len(fits))

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 LEAST, MOST = math.ulp(0.0), sys.float_info.max  # bounds of a number that is positive, and finite
+MOST_TOKENS = 1e9
 _LONGEST_NAME = 200
 _LONGEST_SHOWN = 60
 
@@ -66,10 +67,12 @@ def to_number(value: object, key: str, where: str, low: float = 0.0, high: float
         raise DataError(f"{where}: {key} must be finite, got {shown(value)}")
     if low <= number <= high:
         return number
-    if low == LEAST:
+    if low == LEAST and number <= 0:
         bounds = "positive"
+    elif high <= 1:
+        bounds = f"between {low:g} and {high:g}"
     else:
-        bounds = f"between {low:g} and {high:g}" if high < MOST else f"at least {low:g}"
+        bounds = f"at least {low:g}" if number < low else f"at most {high:g}"
     raise DataError(f"{where}: {key} must be {bounds}, got {shown(value)}")
 
 
@@ -83,7 +86,7 @@ def to_seed(value: object, where: str) -> int:
 
 def to_tokens(value: object, where: str) -> float:
     """A visual token count: 0 without an image, else at least 1."""
-    number = to_number(value, "visual_tokens", where)
+    number = to_number(value, "visual_tokens", where, high=MOST_TOKENS)
     if 0 < number < 1:
         raise DataError(f"{where}: visual_tokens must be 0 (no image) or at least 1, got {shown(value)}")
     return number

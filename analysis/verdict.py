@@ -48,7 +48,7 @@ def judge(
     ratio, reason, flags = _ratio(fit, replicates, profile)
     pair = profile.ends if ratio is not None else None
     if fit.bounds:
-        where = " and ".join(f"{name} = 0" for name in fit.bounds)
+        where = " and ".join(fit.bounds)
         text = (
             f"the best fit sits on the bound {where}: the data ask for less, so its uncertainty is hidden; "
             f"{reason}"

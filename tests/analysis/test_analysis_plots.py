@@ -21,6 +21,7 @@ from analysis import figures, outlook, plots, style
 from analysis.cost import FlopsCost, LatencyCost
 from analysis.data import Table, load
 from analysis.pooling import pool
+from analysis.profile import f_deviance
 from analysis.study import PAPER_ORIGIN, Options, Study, study
 
 ALWAYS = {"cost": plots.cost_figure, "law": plots.law_figure}
@@ -197,8 +198,9 @@ def test_the_ridge_says_which_floors_are_not_rejected(reasoning: Study, ocr: Stu
     assert "every D shown is rejected at 95%" in legend_of(closed)
     assert len(open_end.axes) == 2
     edges = open_end.axes[0].collections[0].get_paths()[0].get_extents()
-    kept = [row["D"] for row in reasoning.ridge if row["deviance"] <= figures.NOT_REJECTED]
-    dropped = [row["D"] for row in reasoning.ridge if row["deviance"] > figures.NOT_REJECTED]
+    limit = f_deviance(reasoning.laws["regular"].fit)
+    kept = [row["D"] for row in reasoning.ridge if row["deviance"] <= limit]
+    dropped = [row["D"] for row in reasoning.ridge if row["deviance"] > limit]
     assert edges.x0 == pytest.approx(min(kept))
     assert max(kept) <= edges.x1 <= min(dropped)
     assert figures.ridge_figure(replace(reasoning, ridge=())) is None

@@ -113,7 +113,7 @@ def test_the_papers_form_sits_on_its_bound(
     np.testing.assert_allclose((math.log(level), alpha, beta), params, rtol=0, atol=1e-6)
     assert floor == 0.0
     assert found.sse == pytest.approx(sse, rel=1e-6)
-    assert found.bounds == ("D",)
+    assert found.bounds == ("D = 0",)
     judged = verdict(name, "paper")
     assert judged.kind == "bound active"
     assert "bound_active" in judged.flags
@@ -203,7 +203,7 @@ def test_additive(name: str, sse: float) -> None:
     found = fitted_law(name, "additive")
     assert found.sse <= sse * (1 + 1e-5)
     assert found.params["D"] < 1e-8
-    assert found.bounds == ("D",)
+    assert found.bounds == ("D = 0",)
     assert found.converged
 
 

@@ -300,7 +300,7 @@ def test_command_prints_a_line_a_group(capsys: pytest.CaptureFixture[str]) -> No
         "paper-reasoning",
         "paper-ocr",
         "--bootstrap",
-        "50",
+        "100",
         "--law",
         "log-linear",
         "--law",
@@ -309,7 +309,7 @@ def test_command_prints_a_line_a_group(capsys: pytest.CaptureFixture[str]) -> No
     assert main(words) == 0
     streams = capsys.readouterr()
     assert streams.out.splitlines() == [
-        "reasoning: ratio 4.72 [4.33, 5.16] (logit_linear), V* = 13.5 [11.7, 14.7]",
+        "reasoning: ratio 4.72 [4.33, 5.16] (logit_linear), V* = 13.5 [11.8, 14.9]",
         "ocr: ratio 0.73 [0.64, 0.82] (logit_linear), V* = 576 (a corner: V_max)",
     ]
     assert "a copy?" in streams.err
@@ -318,7 +318,7 @@ def test_command_prints_a_line_a_group(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_cost_options_move_the_optimum(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     def best(*words: str) -> float:
-        assert main(["paper-reasoning", "--law", "log_linear", "--bootstrap", "20", "--json", *words]) == 0
+        assert main(["paper-reasoning", "--law", "log_linear", "--bootstrap", "100", "--json", *words]) == 0
         return float(json.loads(capsys.readouterr().out)["optimum"]["visual_tokens"])
 
     assert best() == pytest.approx(13.446, rel=1e-3)
@@ -341,7 +341,7 @@ def test_cost_options_move_the_optimum(capsys: pytest.CaptureFixture[str], tmp_p
         "--law",
         "log_linear",
         "--bootstrap",
-        "20",
+        "100",
         "--json",
         "--cost",
         "latency",
@@ -365,13 +365,13 @@ def test_command_refuses_bad_data_in_one_line(tmp_path: Path, capsys: pytest.Cap
     assert main([str(table)]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     (tmp_path / "file").write_text("")
-    assert main(["paper-ocr", "--out", str(tmp_path / "file"), "--bootstrap", "10"]) == 2
+    assert main(["paper-ocr", "--out", str(tmp_path / "file"), "--bootstrap", "100"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert main(["paper-ocr", "--cost", "latency"]) == 2
     assert "latency_ms" in capsys.readouterr().err
     assert main(["paper-ocr", "--law", "cubic"]) == 2
     assert "known: log_linear" in capsys.readouterr().err
-    for arguments in (["--bootstrap", "0"], ["--bootstrap", "x"], ["--seed", "-1"], ["--budget", "0"]):
+    for arguments in (["--bootstrap", "99"], ["--bootstrap", "x"], ["--seed", "-1"], ["--budget", "0"]):
         with pytest.raises(SystemExit) as caught:
             main(["paper-ocr", "--out", str(tmp_path), *arguments])
         assert caught.value.code == 2
@@ -380,7 +380,7 @@ def test_command_refuses_bad_data_in_one_line(tmp_path: Path, capsys: pytest.Cap
 def test_a_cold_start_imports_no_training_library() -> None:
     code = (
         "import sys\nfrom analysis.__main__ import main\n"
-        "assert main(['paper-ocr', '--law', 'log_linear', '--bootstrap', '10']) == 0\n"
+        "assert main(['paper-ocr', '--law', 'log_linear', '--bootstrap', '100']) == 0\n"
         "bad = {'flax', 'orbax', 'grain', 'tensorflow', 'tensorflow_datasets', 'torch', 'vlmscale', "
         "'matplotlib'}\n"
         "assert not bad & {name.split('.')[0] for name in sys.modules}, bad & set(sys.modules)\n"

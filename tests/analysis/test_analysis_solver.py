@@ -592,7 +592,7 @@ def test_too_small_tables_say_why() -> None:
     assert "change together" in (why_no_fit(replace(paper(), n=paper().v * 1e6)) or "")
     corners = pick(paper(), np.array([0, 6, 21, 27]))
     assert why_no_fit(corners) is None
-    assert "4 cells measured; the regular law has 4 parameters" in (
+    assert "4 cells measured; the regular law, of 4 parameters, needs 7" in (
         why_no_fit(corners, LAWS["regular"]) or ""
     )
     assert "not a loss" in (why_no_fit(replace(paper(), target="loss"), LAWS["logit_linear"]) or "")
