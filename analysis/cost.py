@@ -13,6 +13,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from analysis.data import DataError, Table
+from analysis.units import significant
 
 ASPECT = 128.0  # width over depth of a usual decoder; with n = 12 L d^2 it gives both from n
 
@@ -82,7 +83,7 @@ class FlopsCost:
 
     def describe(self) -> str:
         """The formula with its numbers, for a caption."""
-        text = f"2N(Q + V), Q = {self.text_tokens:g}"
+        text = f"2N(Q + V), Q = {significant(self.text_tokens)}"
         if self.system_tokens:
             text += f", {self.system_tokens:g} system tokens"
         if self.query_pass:

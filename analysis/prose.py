@@ -45,7 +45,7 @@ def summary(dataset: Dataset, studies: list[Study], paper: list[Study]) -> str:
     grids = [set(zip(study.table.llm_name, study.table.v, strict=True)) for study in measured]
     same = all(grid == grids[0] for grid in grids)
     cells = len(grids[0]) if same else sum(len(grid) for grid in grids)
-    tasks = len({task for study in measured for task in study.table.tasks})
+    tasks = len({task for study in measured if study.table.target == "error" for task in study.table.tasks})
     first = (
         f"{plural(cells, 'cell')} were measured: {plural(sizes.size, 'LLM size')} ({_span(sizes, 'count')} "
         f"parameters) and {plural(counts.size, 'visual token count')} ({_span(counts, 'tokens')}), on "
