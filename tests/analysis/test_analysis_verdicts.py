@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -179,3 +180,15 @@ def test_rising_error_has_no_ratio() -> None:
     assert found.verdict.ratio is None
     assert "wrong_sign" in found.verdict.flags
     assert found.tokens == ()
+
+
+def test_the_page_of_the_documentation_runs() -> None:
+    """The Python of docs/analysis.md, and the values that its comments show."""
+    page = (Path(__file__).parents[2] / "docs" / "analysis.md").read_text()
+    (code,) = (block.split("```")[0] for block in page.split("```python\n")[1:])
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["best"].ratio == pytest.approx(4.7150, abs=1e-4)
+    assert names["point"].v == pytest.approx(13.46, abs=0.01)
+    assert names["plan"].ratio_sd == pytest.approx(0.0435, abs=1e-4)
+    assert (names["top"].n, names["top"].v) == (0.25e9, 576)
