@@ -82,8 +82,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--bootstrap", metavar="R", type=_whole(100), default=10_000, help="resamples (default 10000)")
     add("--seed", metavar="S", type=_whole(0), default=0, help="seed of the resampling (default 0)")
-    cost = result.add_argument_group("what an answer costs")
-    add = cost.add_argument
+    _cost_arguments(result)
+    return result
+
+
+def _cost_arguments(result: argparse.ArgumentParser) -> None:
+    """What an answer is charged, as `cost.FlopsCost` and `cost.LatencyCost` take it."""
+    add = result.add_argument_group("what an answer costs").add_argument
     add(
         "--cost",
         choices=("flops", "latency"),
@@ -142,7 +147,6 @@ def parser() -> argparse.ArgumentParser:
         default=[],
         help="FLOPs (or ms) an answer; may be repeated; default: three inside the data",
     )
-    return result
 
 
 def main(argv: list[str] | None = None) -> int:

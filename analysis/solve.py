@@ -43,31 +43,89 @@ class Solution(NamedTuple):
     steps: np.ndarray
 
 
-def _residuals(
-    program: Program,
-    log_scale: bool,
-    kind: Any,
-    theta: Any,
-    u: Any,
-    w: Any,
-    targets: Any,
-    held: Any,
-    scale: Any,
-) -> Any:
-    """[cells + 1]: target - prediction, then the constraint held[0] * slope_n + held[1] * slope_v +
-    held[2] * theta[3] + held[3], whose weight is zero where `held` is.
+class _Batch(NamedTuple):
+    """What the rows of one chunk are fitted to. weights and edge (Huber's thresholds) count the constraint as
+    a last cell, of weight one and without a threshold.
     """
+
+    program: Program
+    log_scale: bool
+    kind: Any
+    u: Any
+    w: Any
+    targets: Any
+    weights: Any
+    held: Any
+    edge: Any
+
+
+class _State(NamedTuple):
+    """The rows between two steps."""
+
+    theta: Any
+    residual: Any
+    loss: Any
+    damping: Any
+    done: Any
+    cosine: Any
+    steps: Any
+    number: Any
+
+
+def _residuals(batch: _Batch, theta: Any, target: Any, held: Any) -> Any:
+    """[cells + 1] of one row: target - prediction, then the constraint held[0] * slope_n + held[1] * slope_v
+    + held[2] * theta[3] + held[3], which is nothing where `held` is zero.
+    """
+    program, u, w = batch.program, batch.u, batch.w
     if program.mean is None:
         line = theta[0] - theta[1] * u - theta[2] * w
-        prediction = jax.lax.switch(kind, [partial(outer, jnp) for outer in OUTERS], line)
+        prediction = jax.lax.switch(batch.kind, [partial(outer, jnp) for outer in OUTERS], line)
     else:
         prediction = program.mean(jnp, theta, u, w)
-    if log_scale:
+    if batch.log_scale:
         prediction = jnp.log(jnp.maximum(prediction, 1e-300))
     by_size, by_tokens = program.slopes(theta)
     extra = held[2] * theta[3] if program.size > 3 else 0.0
     constraint = held[0] * by_size + held[1] * by_tokens + extra + held[3]
-    return jnp.concatenate([targets - prediction, -_STIFF * scale * constraint[None]])
+    # Scaled by the size of the row's targets, so that its stiffness has no unit.
+    stiff = _STIFF * (jnp.max(jnp.abs(target)) + 1e-300)
+    return jnp.concatenate([target - prediction, -stiff * constraint[None]])
+
+
+def _evaluate(batch: _Batch, theta: Any) -> tuple[Any, Any]:
+    """(residual, loss), each [R, cells + 1]."""
+    residual = jax.vmap(partial(_residuals, batch))(theta, batch.targets, batch.held)
+    size = jnp.abs(jnp.where(batch.weights > 0, residual, 0.0))
+    inside = size <= batch.edge
+    loss = jnp.where(inside, size**2, 2 * batch.edge * size - jnp.where(inside, 0.0, batch.edge) ** 2)
+    return residual, batch.weights * loss
+
+
+def _normal(batch: _Batch, theta: Any, residual: Any, newton: Any) -> tuple[Any, Any, Any, Any]:
+    """(gradient [R, k], curvature [R, k, k], its robust diagonal [R, k], weighted square of residuals
+    [R]).
+    """
+    weights, edge = batch.weights, batch.edge
+    jac = -jax.vmap(jax.jacfwd(partial(_residuals, batch)))(theta, batch.targets, batch.held)
+    jac = jnp.where(weights[..., None] > 0, jac, 0.0)
+    residual = jnp.where(weights > 0, residual, 0.0)
+    inside = jnp.abs(residual) <= edge
+    pull = weights * jnp.clip(residual, -edge, edge)
+    gradient = jnp.einsum("rc,rck->rk", pull, jac)
+    curvature = jnp.einsum("rc,rck,rcl->rkl", weights * inside, jac, jac)
+    if batch.program.floor:
+        # The additive laws have a valley so flat that what Gauss-Newton leaves out decides the way along it;
+        # far
+        # from it, Gauss-Newton is the safer guide.
+        def bent(theta: Any, target: Any, held: Any, weight: Any) -> Any:
+            return jnp.vdot(weight, _residuals(batch, theta, target, held))
+
+        def second(first: Any) -> Any:
+            return first + jax.vmap(jax.jacfwd(jax.grad(bent)))(theta, batch.targets, batch.held, pull)
+
+        curvature = jax.lax.cond(newton, second, lambda first: first, curvature)
+    robust = weights * jnp.where(inside, 1.0, edge / jnp.maximum(jnp.abs(residual), 1e-300))
+    return gradient, curvature, jnp.einsum("rc,rck->rk", robust, jac**2), jnp.sum(pull * residual, axis=1)
 
 
 def _step(gradient: Any, curvature: Any, diagonal: Any, damping: Any, fixed: Any, given: Any) -> Any:
@@ -96,6 +154,41 @@ def _eliminate(system: Any, right: Any) -> Any:
     return table[..., -1]
 
 
+def _advance(batch: _Batch, low: Any, frozen: Any, newton_after: Any, state: _State) -> _State:
+    """One step of every row: tried, taken where it does not raise the cost, and the damping adapted."""
+    theta, damping = state.theta, state.damping
+    gradient, curvature, diagonal, size = _normal(batch, theta, state.residual, state.number >= newton_after)
+    stuck = ((theta <= low) & (gradient < 0)) | (diagonal <= 0) | frozen
+    step = _step(gradient, curvature, diagonal, damping, stuck, jnp.zeros_like(theta))
+    if batch.program.floor:
+        # Where the step would leave the bounds, go to the bound and take the best step along it.
+        over = ~stuck & (theta + step < low)
+        given = jnp.where(over, low - theta, 0.0)
+        step = _step(gradient, curvature, diagonal, damping, stuck | over, given)
+    trial = jnp.maximum(theta + step, low)
+    step = trial - theta
+    residual, loss = _evaluate(batch, trial)
+    cost, trial_cost = jnp.sum(state.loss, axis=1), jnp.sum(loss, axis=1)
+    better = trial_cost <= cost
+    small = jnp.all(jnp.abs(step) <= _SMALL_STEP * (1e-3 + jnp.abs(theta)), axis=1)
+    small |= jnp.abs(2 * jnp.sum(gradient * step, axis=1)) <= _SMALL_GAIN * cost
+    # A tiny step means an optimum only while the damping is low: elsewhere it means a stall.
+    arrived = small & (damping < 1e3) & jnp.isfinite(trial_cost)
+    length = jnp.sqrt(jnp.maximum(diagonal * size[:, None], 1e-300))
+    cosine = jnp.max(jnp.where(stuck, 0.0, jnp.abs(gradient)) / length, axis=1)
+    take = (better & ~state.done)[:, None]
+    return _State(
+        jnp.where(take, trial, theta),
+        jnp.where(take, residual, state.residual),
+        jnp.where(take, loss, state.loss),
+        jnp.where(better, jnp.maximum(damping * 0.1, 1e-16), damping * 10.0),
+        state.done | arrived,
+        jnp.where(state.done, state.cosine, cosine),
+        state.steps + ~state.done,
+        state.number + 1,
+    )
+
+
 @partial(jax.jit, static_argnames=("program", "log_scale"))
 def _levenberg_marquardt(
     program: Program,
@@ -112,100 +205,24 @@ def _levenberg_marquardt(
     delta: Any,
     newton_after: Any,
 ) -> Any:
-    """(theta, cost, converged, cosine, steps) of one chunk; see `solve`. The constraint is the last
-    residual.
-    """
-    k = program.size
-    low = jnp.array(program.floor or (-jnp.inf,) * k)
-    one = jnp.ones((weights.shape[0], 1))
-    weights = jnp.concatenate([weights, one], axis=1)
-    edge = jnp.concatenate([delta * jnp.ones(u.shape), jnp.full(1, jnp.inf)])
-
-    def row(theta: Any, target: Any, hold: Any) -> Any:
-        # The constraint is scaled by the spread of the row's targets, so that its stiffness has no unit.
-        scale = jnp.max(jnp.abs(target)) + 1e-300
-        return _residuals(program, log_scale, kind, theta, u, w, target, hold, scale)
-
-    def losses(residual: Any) -> Any:
-        size = jnp.abs(residual)
-        return jnp.where(size <= edge, size**2, 2 * edge * size - jnp.where(size <= edge, 0.0, edge) ** 2)
-
-    def evaluate(theta: Any) -> tuple[Any, Any]:
-        residual = jax.vmap(row)(theta, targets, held)
-        loss = jnp.where(weights > 0, weights * losses(jnp.where(weights > 0, residual, 0.0)), 0.0)
-        return residual, loss
-
-    def normal(theta: Any, residual: Any, number: Any) -> tuple[Any, Any, Any, Any]:
-        jac = -jax.vmap(jax.jacfwd(row))(theta, targets, held)
-        jac = jnp.where(weights[..., None] > 0, jac, 0.0)
-        residual = jnp.where(weights > 0, residual, 0.0)
-        inside = jnp.abs(residual) <= edge
-        pull = weights * jnp.clip(residual, -edge, edge)
-        gradient = jnp.einsum("rc,rck->rk", pull, jac)
-        curvature = jnp.einsum("rc,rck,rcl->rkl", weights * inside, jac, jac)
-        if program.floor:
-            # The additive laws have a valley so flat that what Gauss-Newton leaves out decides the way along
-            # it;
-            # far from it, Gauss-Newton is the safer guide.
-            def bent(theta: Any, target: Any, hold: Any, weight: Any) -> Any:
-                return jnp.vdot(weight, row(theta, target, hold))
-
-            def second(curvature: Any) -> Any:
-                return curvature + jax.vmap(jax.jacfwd(jax.grad(bent)))(theta, targets, held, pull)
-
-            curvature = jax.lax.cond(number >= newton_after, second, lambda first: first, curvature)
-        robust = weights * jnp.where(inside, 1.0, edge / jnp.maximum(jnp.abs(residual), 1e-300))
-        diagonal = jnp.einsum("rc,rck->rk", robust, jac**2)
-        return gradient, curvature, diagonal, jnp.sum(pull * residual, axis=1)
-
-    def body(state: Any) -> Any:
-        theta, residual, loss, damping, done, cosine, step_count, number = state
-        gradient, curvature, diagonal, size = normal(theta, residual, number)
-        stuck = ((theta <= low) & (gradient < 0)) | (diagonal <= 0) | frozen
-        step = _step(gradient, curvature, diagonal, damping, stuck, jnp.zeros_like(theta))
-        if program.floor:
-            # Where the step would leave the bounds, go to the bound and take the best step along it.
-            over = ~stuck & (theta + step < low)
-            step = _step(
-                gradient, curvature, diagonal, damping, stuck | over, jnp.where(over, low - theta, 0.0)
-            )
-        trial = jnp.maximum(theta + step, low)
-        step = trial - theta
-        trial_residual, trial_loss = evaluate(trial)
-        cost, trial_cost = jnp.sum(loss, axis=1), jnp.sum(trial_loss, axis=1)
-        better = trial_cost <= cost
-        gain = 2 * jnp.sum(gradient * step, axis=1)
-        small = jnp.all(jnp.abs(step) <= _SMALL_STEP * (1e-3 + jnp.abs(theta)), axis=1)
-        small |= jnp.abs(gain) <= _SMALL_GAIN * cost
-        # A tiny step means an optimum only while the damping is low: elsewhere it means a stall.
-        now = small & (damping < 1e3) & jnp.isfinite(trial_cost)
-        length = jnp.sqrt(jnp.maximum(diagonal * size[:, None], 1e-300))
-        now_cosine = jnp.max(jnp.where(stuck, 0.0, jnp.abs(gradient)) / length, axis=1)
-        cosine = jnp.where(done, cosine, now_cosine)
-        take = better & ~done
-        theta = jnp.where(take[:, None], trial, theta)
-        residual = jnp.where(take[:, None], trial_residual, residual)
-        loss = jnp.where(take[:, None], trial_loss, loss)
-        damping = jnp.where(better, jnp.maximum(damping * 0.1, 1e-16), damping * 10.0)
-        step_count = step_count + ~done
-        return theta, residual, loss, damping, done | now, cosine, step_count, number + 1
-
-    start = jnp.maximum(start, low)
-    residual, loss = evaluate(start)
+    """(theta, cost, converged, cosine, steps) of one chunk; see `solve`."""
     rows = start.shape[0]
-    state = (
-        start,
-        residual,
-        loss,
-        jnp.full(rows, 1e-3),
-        jnp.zeros(rows, bool),
-        jnp.full(rows, jnp.inf),
-        jnp.zeros(rows, int),
-        0,
+    low = jnp.array(program.floor or (-jnp.inf,) * program.size)
+    weights = jnp.concatenate([weights, jnp.ones((rows, 1))], axis=1)
+    edge = jnp.concatenate([delta * jnp.ones(u.shape), jnp.full(1, jnp.inf)])
+    batch = _Batch(program, log_scale, kind, u, w, targets, weights, held, edge)
+    start = jnp.maximum(start, low)
+    none, zero = jnp.zeros(rows, bool), jnp.zeros(rows, int)
+    state = _State(
+        start, *_evaluate(batch, start), jnp.full(rows, 1e-3), none, jnp.full(rows, jnp.inf), zero, 0
     )
-    state = jax.lax.while_loop(lambda s: (s[7] < max_steps) & ~jnp.all(s[4]), body, state)
-    theta, _, loss, _, done, cosine, steps, _ = state
-    return theta, jnp.sum(loss[:, :-1], axis=1), done & jnp.all(jnp.isfinite(theta), axis=1), cosine, steps
+    state = jax.lax.while_loop(
+        lambda state: (state.number < max_steps) & ~jnp.all(state.done),
+        partial(_advance, batch, low, frozen, newton_after),
+        state,
+    )
+    converged = state.done & jnp.all(jnp.isfinite(state.theta), axis=1)
+    return state.theta, jnp.sum(state.loss[:, :-1], axis=1), converged, state.cosine, state.steps
 
 
 def solve(
