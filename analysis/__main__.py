@@ -80,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
         default="raw",
         help="default raw: squares of the error",
     )
-    add("--bootstrap", metavar="R", type=_whole(100), default=10_000, help="resamples (default 10000)")
+    add("--bootstrap", metavar="R", type=_whole(1), default=10_000, help="resamples (default 10000)")
     add("--seed", metavar="S", type=_whole(0), default=0, help="seed of the resampling (default 0)")
     _cost_arguments(result)
     return result
@@ -106,14 +106,14 @@ def _cost_arguments(result: argparse.ArgumentParser) -> None:
         metavar="G",
         type=_real(0, MOST_TOKENS),
         default=0.0,
-        help=("decoded tokens (default 0)"),
+        help="decoded tokens (default 0)",
     )
     add(
         "--system-tokens",
         metavar="S",
         type=_real(0, MOST_TOKENS),
         default=0.0,
-        help=("further prompt tokens (default 0)"),
+        help="further prompt tokens (default 0)",
     )
     add("--batch", metavar="B", type=_real(1, 1e9), default=1.0, help="answers decoded together (default 1)")
     add(
@@ -218,8 +218,8 @@ def _options(args: argparse.Namespace) -> Any:
         given.append("--text-tokens")
     if latency and (given or args.batch != 1):
         raise ValueError(
-            f"--cost latency takes milliseconds as measured; {', '.join(given) or '--batch'} "
-            "cannot change them"
+            f"--cost latency takes milliseconds as measured; {', '.join(given) or '--batch'} cannot change "
+            "them"
         )
     if not args.gen_tokens and (args.intensity or args.batch != 1):
         raise ValueError("--batch and --intensity say what decoding costs; give --gen-tokens too")

@@ -92,8 +92,7 @@ def _clusters(fit: Fit, scheme: str) -> tuple[np.ndarray, str]:
     if levels.size < MIN_CLUSTERS:
         raise ValueError(
             f"a cluster bootstrap needs at least {MIN_CLUSTERS} clusters; there are {levels.size} {what}, "
-            "with which "
-            "a 95% interval covers about 55%: use the mixed-effects interval"
+            "with which a 95% interval covers about 55%: use the mixed-effects interval"
         )
     few = f"{levels.size} {what} are few for a cluster bootstrap: its interval is too narrow"
     return index, few if levels.size < FEW_CLUSTERS else ""

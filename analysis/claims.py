@@ -37,8 +37,7 @@ def claims(studies: list[Study]) -> list[Block]:
     grid = Grid(("claim", "evidence in the published cells", "figure"), tuple(rows))
     intro = (
         "What the paper says, set beside what its own cells support. P is a share of bootstrap resamples of "
-        "the "
-        "chosen law; intervals are 95%."
+        "the chosen law; intervals are 95%."
     )
     blocks: list[Block] = [Heading("The published claims beside the evidence"), Text(intro), grid]
     weak = [line for study in own.values() for line in _search(study)] + _weaknesses(own)
@@ -77,16 +76,14 @@ def _reasoning(study: Study) -> list[tuple[str, str, str]]:
         (
             'Exactly "one" visual token',
             "a corner: 1 is the smallest V tested, V^-beta has no finite value at 0, and there is no cell "
-            "without an "
-            "image, so none against one cannot be decided",
+            "without an image, so none against one cannot be decided",
             "not testable",
         ),
         (
             "Q = 50: about 16 tokens",
             f"V* = {significant(at_fifty.v)} {interval(at_fifty.v_interval)}; other laws say "
-            f"{min(forms):.0f} to "
-            f"{max(forms):.0f}; within one residual sd lie {significant(at_fifty.indifference[0], 2)} to "
-            f"{significant(at_fifty.indifference[1])} tokens",
+            f"{min(forms):.0f} to {max(forms):.0f}; within one residual sd lie "
+            f"{significant(at_fifty.indifference[0], 2)} to {significant(at_fifty.indifference[1])} tokens",
             f"P(16 is the nearest tested) = {nearest_measured(law, _TEXT_TOKENS, 16.0):.3f}",
         ),
         (
@@ -235,27 +232,23 @@ def _search(study: Study) -> list[str]:
     return [
         f"{table.group}: the published grid, searched in full, ends at alpha = {grid.best.alpha:.4f}, beta = "
         f"{grid.best.beta:.4f}, D = {grid.best.D:.3f}{excess}{edges}. A random fifth of it, unseeded as "
-        "released, gives "
-        f"ratios from {low:.2f} to {high:.2f}."
+        f"released, gives ratios from {low:.2f} to {high:.2f}."
     ]
 
 
 def _weaknesses(own: dict[str, Study]) -> list[str]:
     lines = [
         "A and B of the printed formula are only known as a product; labels and frontier in the released "
-        "figure are "
-        "typed in, not computed.",
+        "figure are typed in, not computed.",
         "Four LLMs leave two degrees of freedom for the slope along N, and N stands for all that differs "
         "between them.",
         "One training seed a cell; an average over nine benchmarks hides how far they differ, and an "
-        "average of power "
-        "laws is not a power law.",
+        "average of power laws is not a power law.",
         "V = 576 is no compression: another architecture than the other cells.",
         "The cost leaves out the vision tower, a query pass and decoding; chance level and blind score are "
         "ignored.",
         "N is nominal: with exact totals (0.464, 1.837, 3.950, 7.721 B) or non-embedding counts the ratio "
-        "moves by "
-        "5 to 13%.",
+        "moves by 5 to 13%.",
     ]
     if "ocr" in own:
         lines.append(

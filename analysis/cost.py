@@ -141,8 +141,7 @@ def latency_cost(table: Table) -> LatencyCost:
     if known.sum() < 4:
         raise DataError(
             f"{table.source}: {table.group}: {int(known.sum())} cells have latency_ms; --cost latency needs "
-            "at least "
-            "four, so measure it or use --cost flops"
+            "at least four, so measure it or use --cost flops"
         )
     n, v, t = table.n[known] / 1e9, table.v[known], table.latency_ms[known]
     columns = np.stack([np.ones_like(n), n, v, n * v], axis=1)

@@ -53,8 +53,7 @@ def _verdicts(study: Study) -> list[str]:
     if bounds:
         notes.append(
             f"{group}: a positive floor D; {', '.join(bounds)} sit on the bound D = 0, where resampling "
-            "hides "
-            "its uncertainty."
+            "hides its uncertainty."
         )
     if best.validation.lono_rms is None:
         notes.append(
@@ -64,9 +63,8 @@ def _verdicts(study: Study) -> list[str]:
     if study.optimum is not None and study.optimum.v > 0:
         near, far = study.optimum.indifference
         notes.append(
-            f"{group}: one best V; every V from {tokens(near)} to {tokens(far)} is within one residual sd "
-            "of the best "
-            "at that cost."
+            f"{group}: one best V; every V from {tokens(near)} to {tokens(far)} is within one residual sd of "
+            "the best at that cost."
         )
     return notes
 
@@ -103,8 +101,7 @@ def _scope(studies: list[Study]) -> list[str]:
         "narrow for another family; the mixed-effects one allows for it.",
         f"Token counts outside {tokens(v.min())} to {tokens(v.max())}: a best V at either end is a limit of "
         "the grid, not an optimum. That V* is the same at every budget is a property of every law of one "
-        "index, "
-        "not a finding.",
+        "index, not a finding.",
     ]
     if sizes.max() < _TOY:
         notes.append(
@@ -133,8 +130,7 @@ def _noise(study: Study) -> list[str]:
             reading = "the rest is training noise or the law's shape, which these cells do not separate"
         notes.append(
             f"{table.group}, finer structure: the residual sd is {points(study.best.fit.sd, table.target)}, "
-            "the sampling "
-            f"noise of the test items alone {points(noise, table.target)}; {reading}."
+            f"the sampling noise of the test items alone {points(noise, table.target)}; {reading}."
         )
     if study.chance_cells:
         notes.append(

@@ -163,8 +163,7 @@ def choice_of_law(study: Study) -> str:
     )
     text = (
         f"The {name} law is chosen; its AICc is {significant(study.margin)} lower than that of the {second} "
-        "law "
-        f"({grade})."
+        f"law ({grade})."
     )
     return text + _largest(study)
 

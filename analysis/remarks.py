@@ -5,13 +5,21 @@ from __future__ import annotations
 from analysis.study import Study
 from analysis.units import tokens
 
+ENOUGH = 200  # resamples, of which five lie beyond each end of a 95% interval
+
 
 def remarks(study: Study) -> tuple[str, ...]:
     """Warnings that follow from the fits: no law, bounds, what is unidentified, copies, failed resamples."""
     group = study.table.group
     if study.no_fit is not None:
         return (f"{group}: no law can be fitted: {study.no_fit}",)
-    lines = [f"{group}: {law} is not fitted: {reason}" for law, reason in study.refused.items()]
+    lines = []
+    if study.options.bootstrap < ENOUGH:
+        lines.append(
+            f"{group}: {study.options.bootstrap} resamples are too few for 95% intervals; take {ENOUGH} or "
+            "more"
+        )
+    lines += [f"{group}: {law} is not fitted: {reason}" for law, reason in study.refused.items()]
     best = study.best
     if best is not None and not best.verdict.identified:
         lines.append(f"{group}: the ratio is not identified: {best.verdict.reason}")

@@ -157,9 +157,9 @@ def _cost_section(studies: list[Study], paper: list[Study], gallery: _Gallery) -
         pictures += gallery.of(one, "cost", plots.cost_figure, f"error against {one.cost.describe()}.{blind}")
     text = (
         "One curve an LLM size, one marker a token count; to the right costs more, lower is better. The "
-        "grey trail joins the cells that no cheaper cell beats. The dashed orange line is the best that "
-        "the fitted law promises for each cost inside the measured range; it is drawn only where the law "
-        "is identified."
+        "grey trail joins the cells that no cheaper cell beats. The dashed orange line is the best that the "
+        "fitted law promises for each cost inside the measured range; it is drawn only where the law is "
+        "identified."
     )
     return (
         [Heading("Error against inference cost"), Text(text), Pictures(tuple(pictures))] if pictures else []
@@ -182,9 +182,8 @@ def _law_section(studies: list[Study], paper: list[Study], gallery: _Gallery) ->
         Text(
             "Y is the error, N in billions of parameters, V the visual tokens; fitted to "
             f"{_FITTED[studies[0].options.loss]}. The ratio is that of the local slopes along ln N and ln V "
-            "at the "
-            "centre of the cells (a/b, alpha/beta), and is given only if both slopes and the ratio have "
-            "positive, finite 95% intervals."
+            "at the centre of the cells (a/b, alpha/beta), and is given only if both slopes and the ratio "
+            "have positive, finite 95% intervals."
         ),
     ]
     for item in studies:
@@ -227,10 +226,8 @@ def _ratio_section(studies: list[Study], paper: list[Study], gallery: _Gallery) 
         return []
     text = (
         "Intervals of one law by every method. Profile F and the bootstraps take the cells as independent; "
-        "the "
-        "mixed-effects interval takes the LLMs (and token counts) as a sample, and is the one to quote for "
-        "a new "
-        "family of LLMs."
+        "the mixed-effects interval takes the LLMs (and token counts) as a sample, and is the one to quote "
+        "for a new family of LLMs."
     )
     blocks: list[Block] = [Heading("How sure is the ratio"), Text(text)]
     for study in known:
@@ -252,10 +249,8 @@ def _ratio_section(studies: list[Study], paper: list[Study], gallery: _Gallery) 
 def _token_section(studies: list[Study], paper: list[Study], gallery: _Gallery) -> list[Block]:
     text = (
         "At a fixed cost 2N(Q + V), the best V of a law of one index is Q / (ratio - 1), whatever the "
-        "budget, as "
-        "long as it lies inside the measured V. Q stands for all that is charged besides the visual tokens, "
-        "in "
-        "prefill tokens. Bands are 95% bootstrap intervals."
+        "budget, as long as it lies inside the measured V. Q stands for all that is charged besides the "
+        "visual tokens, in prefill tokens. Bands are 95% bootstrap intervals."
     )
     blocks: list[Block] = [Heading("How many visual tokens: V*(Q)"), Text(text)]
     pictures: list[Picture] = []
@@ -280,12 +275,10 @@ def _token_section(studies: list[Study], paper: list[Study], gallery: _Gallery) 
 def _deploy_section(studies: list[Study], paper: list[Study]) -> list[Block]:
     text = (
         "Budgets inside the measured range of costs, unless you named your own. The measured cell is the "
-        "one of "
-        "least error within the budget, so its error is a little flattering; the law's pick is its best "
-        "among the "
-        "measured LLMs and token counts, and the last columns are what it would choose with LLMs of any "
-        "size. One residual sd tells how flat the optimum is: any V in that range is as good as this data "
-        "can tell."
+        "one of least error within the budget, so its error is a little flattering; the law's pick is its "
+        "best among the measured LLMs and token counts, and the last columns are what it would choose with "
+        "LLMs of any size. One residual sd tells how flat the optimum is: any V in that range is as good as "
+        "this data can tell."
     )
     grids: list[Grid] = [deploy_table(one) for one in _both(studies, paper) if one.deployments]
     heading = Heading("What to deploy for a budget")
@@ -302,8 +295,8 @@ def _task_section(studies: list[Study], gallery: _Gallery) -> list[Block]:
         return []
     text = (
         "Fall of error per unit of ln N and ln V, task by task, before any average. Partial pooling draws "
-        "each slope "
-        "towards the mean as far as its own uncertainty, against the spread between tasks, allows."
+        "each slope towards the mean as far as its own uncertainty, against the spread between tasks, "
+        "allows."
     )
     blocks: list[Block] = [Heading("Task by task"), Text(text)]
     pictures: list[Picture] = []
@@ -321,10 +314,8 @@ def _design_section(studies: list[Study], gallery: _Gallery) -> list[Block]:
         return []
     text = (
         "What one more cell would take off the uncertainties, linearised at the fit, ranked by gain in "
-        "sd(ln ratio) per "
-        "training cost. Besides: a cell without an image (V = 0) for every LLM, an LLM larger than any "
-        "measured, and "
-        "a second seed of some cells tell what no cell of this grid can."
+        "sd(ln ratio) per training cost. Besides: a cell without an image (V = 0) for every LLM, an LLM "
+        "larger than any measured, and a second seed of some cells tell what no cell of this grid can."
     )
     blocks: list[Block] = [Heading("What to run next"), Text(text)]
     pictures: list[Picture] = []

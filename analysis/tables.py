@@ -129,8 +129,7 @@ def multiplier_table(study: Study) -> Grid:
     header = tuple(f"V = {tokens(v)}" for v, _ in study.multiplier)
     caption = (
         f"{study.table.group}, {study.origin}: compute that a fixed V needs for the error which the best V "
-        "reaches with "
-        f"{cost(study.budget, study.cost.unit)}."
+        f"reaches with {cost(study.budget, study.cost.unit)}."
     )
     return Grid(header, rows, caption)
 

@@ -57,8 +57,8 @@ def judge(
     if bend is not None and (bend[0] is None or bend[1] is None or bend[0] <= 0 <= bend[1]):
         ends = [f"{end:.2f}" if end is not None else "unbounded" for end in bend]
         text = (
-            f"K, alpha, beta and D cannot be told: the 95% interval of lam [{', '.join(ends)}] contains "
-            f"0; {reason}"
+            f"K, alpha, beta and D cannot be told: the 95% interval of lam [{', '.join(ends)}] contains 0; "
+            f"{reason}"
         )
         return Verdict(UNIDENTIFIED, text, ("parameters_unidentified", *flags), ratio, pair)
     return Verdict(UNIDENTIFIED if ratio is None else IDENTIFIED, reason, flags, ratio, pair)

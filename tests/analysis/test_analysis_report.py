@@ -371,7 +371,7 @@ def test_command_refuses_bad_data_in_one_line(tmp_path: Path, capsys: pytest.Cap
     assert "latency_ms" in capsys.readouterr().err
     assert main(["paper-ocr", "--law", "cubic"]) == 2
     assert "known: log_linear" in capsys.readouterr().err
-    for arguments in (["--bootstrap", "99"], ["--bootstrap", "x"], ["--seed", "-1"], ["--budget", "0"]):
+    for arguments in (["--bootstrap", "0"], ["--bootstrap", "x"], ["--seed", "-1"], ["--budget", "0"]):
         with pytest.raises(SystemExit) as caught:
             main(["paper-ocr", "--out", str(tmp_path), *arguments])
         assert caught.value.code == 2

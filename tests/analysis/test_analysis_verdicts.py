@@ -158,6 +158,12 @@ def test_a_budget_that_buys_nothing_is_said(capsys: pytest.CaptureFixture[str]) 
     assert "buys no LLM at any V" in streams.err
 
 
+def test_few_resamples_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for count, said in (("5", True), ("200", False)):
+        assert main(["paper-ocr", "--law", "log_linear", "--bootstrap", count]) == 0
+        assert ("too few for 95% intervals" in capsys.readouterr().err) is said
+
+
 def test_a_group_has_its_own_cost(tmp_path: Path) -> None:
     lines = ["llm_params_b,visual_tokens,score,task,task_group,text_tokens"]
     for group, q in (("a", 20), ("b", 200)):
