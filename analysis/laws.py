@@ -367,7 +367,6 @@ LAWS: Mapping[str, Law] = {
         ),
     )
 }
-DEFAULT_LAW = "logit_linear"
 
 # Not a law of the table: the logit law with an interaction, against which its single index is tested.
 LOGIT_INTERACTION = Law(

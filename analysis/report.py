@@ -298,14 +298,23 @@ def _task_section(studies: list[Study], gallery: _Gallery) -> list[Block]:
         "each slope towards the mean as far as its own uncertainty, against the spread between tasks, "
         "allows."
     )
-    blocks: list[Block] = [Heading("Task by task"), Text(text)]
-    pictures: list[Picture] = []
-    for study in several:
-        blocks.append(task_table(study))
-        pictures += gallery.of(
-            study, "tasks", figures.forest_figure, "slopes of each task, alone and pooled."
-        )
-    return [*blocks, Pictures(tuple(pictures))] if pictures else blocks
+    caption = "slopes of each task, alone and pooled."
+    blocks = _tables_then_pictures(several, task_table, gallery, "tasks", figures.forest_figure, caption)
+    return [Heading("Task by task"), Text(text), *blocks]
+
+
+def _tables_then_pictures(
+    studies: list[Study],
+    table: Callable[[Study], Grid],
+    gallery: _Gallery,
+    name: str,
+    draw: Callable[[Study], Figure | None],
+    caption: str,
+) -> list[Block]:
+    """A table a study, then the figures of those that have one."""
+    pictures = [picture for study in studies for picture in gallery.of(study, name, draw, caption)]
+    grids: list[Block] = [table(study) for study in studies]
+    return [*grids, Pictures(tuple(pictures))] if pictures else grids
 
 
 def _design_section(studies: list[Study], gallery: _Gallery) -> list[Block]:
@@ -317,14 +326,9 @@ def _design_section(studies: list[Study], gallery: _Gallery) -> list[Block]:
         "sd(ln ratio) per training cost. Besides: a cell without an image (V = 0) for every LLM, an LLM "
         "larger than any measured, and a second seed of some cells tell what no cell of this grid can."
     )
-    blocks: list[Block] = [Heading("What to run next"), Text(text)]
-    pictures: list[Picture] = []
-    for study in planned:
-        blocks.append(design_table(study))
-        pictures += gallery.of(
-            study, "design", figures.design_figure, "how much one more cell takes off sd(ln ratio)."
-        )
-    return [*blocks, Pictures(tuple(pictures))] if pictures else blocks
+    caption = "how much one more cell takes off sd(ln ratio)."
+    blocks = _tables_then_pictures(planned, design_table, gallery, "design", figures.design_figure, caption)
+    return [Heading("What to run next"), Text(text), *blocks]
 
 
 def _words(options: Options) -> str:
