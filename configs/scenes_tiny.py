@@ -5,7 +5,7 @@ vlmscale evaluate --run RUN
 """
 
 from vlmscale.config import Cell, CompressorConfig, LLMConfig, TrainConfig
-from vlmscale.models.decoder import SIZES
+from vlmscale.models.sizes import SIZES
 
 
 def get_config(arg: str = "") -> Cell:

@@ -11,8 +11,7 @@ from vlmscale import __version__
 from vlmscale.config import Cell, Sweep, cell_id
 from vlmscale.cost import flops
 from vlmscale.errors import UserError
-from vlmscale.models.decoder import SIZES
-from vlmscale.models.vision import TOWERS
+from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.records import Status, make_directory, read_json, read_rows, write_json, write_lines
 
 _TYPICAL_TEXT = 96  # tokens; only the order and the time left depend on it

@@ -11,10 +11,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from vlmscale.layers import abstract_params
 
 # Through jax's own config, not the environment, so that programs started by a test see the machine as it is.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -31,12 +34,13 @@ def random_params() -> Callable[..., Any]:
     """
 
     def make(module: Any, *inputs: Any) -> Any:
-        shapes = jax.eval_shape(lambda *x: module.init(jax.random.key(0), *x), *inputs)
+        shapes = {"params": nn.meta.unbox(abstract_params(module, *inputs))}
         rng = np.random.default_rng(0)
 
         def draw(path: Any, leaf: Any) -> jax.Array:
             around = 1.0 if path[-1].key == "scale" else 0.0
-            spread = leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 0.3
+            fan_in = {"kernel": -2, "weight": -1}.get(path[-1].key)
+            spread = leaf.shape[fan_in] ** -0.5 if fan_in else 0.3
             return jax.numpy.asarray(around + spread * rng.standard_normal(leaf.shape), leaf.dtype)
 
         return jax.tree_util.tree_map_with_path(draw, shapes)

@@ -87,7 +87,7 @@ def test_wrong_types_are_refused_on_one_line(word: str) -> None:
     [
         ("compressor.visual_tokens", 25, "pool on a 8x8 patch grid gives 1, 4, 16, 64"),
         ("compressor.visual_tokens", -1, "gives 1, 4, 16, 64"),
-        ("compressor.name", "pol", "nearest is pool .known: pool, tokenpacker"),
+        ("compressor.name", "pol", "nearest is pool .known: mlp, pool, tokenpacker"),
         ("llm.name", "toy-135", "nearest is toy-135k"),
         ("tower.name", "scenes", "nearest is scenes-48"),
         ("data.source", "lava", "nearest is llava"),

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from vlmscale import __version__
 from vlmscale.errors import EXIT_AGAIN, EXIT_USER, UserError, disk_fault
 
+_DTYPES = ("float32", "bfloat16", "float16")
 Command = Callable[[argparse.Namespace, list[str]], int]
 
 
@@ -98,20 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         "--json", action="store_true", help="print one JSON object and nothing else on stdout"
     )
 
-    generate = _add(
-        commands,
-        "generate",
-        _generate,
-        "answer a question about an image",
-        'vlmscale generate --run RUN --image PHOTO.jpg --prompt "What is this?"',
-    )
-    generate.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR")
-    generate.add_argument("--image", type=Path, help="a picture; without one the question is asked blind")
-    generate.add_argument("--prompt", required=True)
-    generate.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
-    )
-
+    _add_generate(commands)
+    _add_convert(commands)
     _add_data(commands)
     _add_sweep(commands)
     tower = _add(
@@ -129,6 +118,52 @@ def _add(commands: Any, name: str, run: Command, about: str, example: str) -> ar
     parser = commands.add_parser(name, help=about, description=about, epilog=f"example: {example}")
     parser.set_defaults(run=run)
     return parser
+
+
+def _add_generate(commands: Any) -> None:
+    generate = _add(
+        commands,
+        "generate",
+        _generate,
+        "answer a prompt about an image, with a trained run or a downloaded LLaVA",
+        'vlmscale generate --model llava-1.5-7b-hf --image PHOTO.jpg --prompt "USER: <image>\\n'
+        'What is this? ASSISTANT:" --max-new-tokens 32',
+    )
+    source = generate.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="a trained run")
+    source.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face directory, LLaVA or LLM")
+    generate.add_argument("--image", type=Path, help="a picture; without one the question is asked blind")
+    generate.add_argument(
+        "--prompt",
+        required=True,
+        help="a question for --run; for --model the whole text, taken literally but for \\n",
+    )
+    generate.add_argument("--max-new-tokens", type=int, help="longest answer (default 32; --run: its own)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from (default all)")
+    generate.add_argument("--seed", type=int, default=0, help="of sampling (default %(default)s)")
+    generate.add_argument("--dtype", choices=_DTYPES, help="default float32 on CPU, else bfloat16 (--model)")
+    generate.add_argument(
+        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
+    )
+
+
+def _add_convert(commands: Any) -> None:
+    convert = _add(
+        commands,
+        "convert",
+        _convert,
+        "write a trained run as a Hugging Face directory, or check, cast and split such a directory",
+        "vlmscale convert --run RUN --out DIR",
+    )
+    source = convert.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="a trained run")
+    source.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face directory")
+    convert.add_argument("--out", type=Path, required=True, help="directory to write, without weights so far")
+    convert.add_argument(
+        "--part", choices=("all", "llm", "tower"), default="all", help="one part of a LLaVA (--model)"
+    )
+    convert.add_argument("--dtype", choices=_DTYPES, help="what tensors are cast to (default: as they are)")
 
 
 def _add_data(commands: Any) -> None:
@@ -298,10 +333,54 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.evaluate.generation import Sampling
+
+    longest = arguments.max_new_tokens
+    if longest is not None and longest < 1:
+        raise UserError(f"--max-new-tokens={longest}: must be above 0")
+    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
+    if arguments.model:
+        return _generate_pretrained(arguments, sampling)
     from vlmscale.evaluate.runner import answer_one, load_run
 
-    answer = answer_one(load_run(arguments.run_dir), arguments.image, arguments.prompt)
+    if arguments.dtype:
+        raise UserError("--dtype: goes with --model; a run answers in float32")
+    run = load_run(arguments.run_dir)
+    answer = answer_one(run, arguments.image, arguments.prompt, longest, sampling)
     print(json.dumps({"prompt": arguments.prompt, "answer": answer}) if arguments.json else answer)
+    return 0
+
+
+def _generate_pretrained(arguments: argparse.Namespace, sampling: Any) -> int:
+    from vlmscale.evaluate.pretrained import answer, open_pretrained
+
+    prompt = arguments.prompt.replace(
+        "\\n", "\n"
+    )  # a shell's double quotes leave the two characters as they are
+    model = open_pretrained(arguments.model, dtype=arguments.dtype, progress=_progress())
+    print(f"{arguments.model}: {model.report}", file=sys.stderr)
+    said = answer(model, [prompt], [arguments.image], arguments.max_new_tokens or 32, sampling)[0]
+    if arguments.json:
+        print(json.dumps({"prompt": prompt, "text": said.text, "token_ids": said.token_ids}))
+    else:
+        print(said.text)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.convert import convert_directory, export_run
+
+    if arguments.model:
+        report, written = convert_directory(arguments.model, arguments.out, arguments.part, arguments.dtype)
+        print(f"{arguments.model}: {report}", file=sys.stderr)
+    else:
+        from vlmscale.evaluate.runner import load_run
+
+        if arguments.part != "all":
+            raise UserError(f"--part {arguments.part}: goes with --model")
+        written = export_run(load_run(arguments.run_dir), arguments.out, arguments.dtype)
+    for path in written:
+        print(f"wrote {path}")
     return 0
 
 

@@ -21,8 +21,7 @@ from ml_collections import config_flags
 
 from vlmscale.compressors import COMPRESSORS, check_count
 from vlmscale.errors import UserError
-from vlmscale.models.decoder import SIZES
-from vlmscale.models.vision import TOWERS
+from vlmscale.models.sizes import SIZES, TOWERS
 
 # A field with this metadata does not change any number of the result, so it is no part of the cell id.
 _BYSTANDER = {"changes_result": False}

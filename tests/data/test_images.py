@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vlmscale.data import images
-from vlmscale.data.images import ImageError, decode_image, preprocess
+from vlmscale.data.images import ImageError, decode_image, preprocess, transform
 from vlmscale.errors import UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -314,6 +314,40 @@ def test_what_is_done_to_save_memory_only_rounds_otherwise(
         if mode == "pad":
             result = preprocess(image, 48, CLIP_MEAN, (1, 1, 1), mode) * 255 + np.array(CLIP_MEAN) * 255
         assert np.abs(result - np.asarray(picture)).max() < 1.5
+
+
+@pytest.mark.parametrize("resample", range(6))
+@pytest.mark.parametrize("crop", [(20, 30), (48, 48), (75, 31), (61, 70), None])
+@pytest.mark.parametrize("size", [48, (40, 56)])
+def test_the_centre_alone_is_the_centre_of_the_whole(
+    size: int | tuple[int, int],
+    crop: tuple[int, int] | None,
+    resample: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for shape in ((64, 97), (97, 64), (60, 60)):
+        image = np.linspace(90, 150, shape[0] * shape[1] * 3).reshape(*shape, 3).astype(np.uint8)
+        results = []
+        for limit in (2**26, 0):
+            monkeypatch.setattr(images, "_WHOLE_PIXELS", limit)
+            options = {"size": size, "crop": crop, "fill": None, "resample": resample, "scale": 1.0}
+            results.append(transform(image, **options, mean=(0, 0, 0), std=(1, 1, 1)))
+        assert results[0].shape == results[1].shape
+        assert np.abs(results[0] - results[1]).max() <= (1 if resample else 2)
+
+
+def test_transform_pads_only_what_it_resizes() -> None:
+    with pytest.raises(ValueError, match="must be resized too"):
+        transform(
+            noise(4, 4),
+            size=None,
+            crop=(2, 2),
+            fill=(0, 0, 0),
+            resample=3,
+            scale=1.0,
+            mean=HALF,
+            std=HALF,
+        )
 
 
 def test_pad_colours() -> None:

@@ -108,12 +108,12 @@ def test_cached_decoding_is_the_same_as_no_cache(loaded: LoadedRun) -> None:
     items = make_items(*loaded.prepared.records("test"), "none")[:4]
     features = loaded.prepared.features("test", loaded.cell)["selected"]
     template, slots = loaded.prepared.template, loaded.cell.compressor.visual_tokens
-    model = build_model(loaded.cell, loaded.prepared.tokenizer.get_vocab_size())
+    model = build_model(loaded.cell, loaded.prepared.tokenizer.get_vocab_size(), "loop")
     prompts = [template.prompt(item.question) for item in items]
     length = max(map(len, prompts)) + slots
     batch: dict[str, Any] = prompt_batch(prompts, [True] * 4, template, slots, length)
     batch["selected"] = features[[item.image for item in items]]
-    made = np.asarray(make_generate(model, 6, template.end)(loaded.params, batch))
+    made = np.asarray(make_generate(model, 6, (template.end,))(loaded.params, batch))
 
     @jax.jit
     def logits(batch: dict[str, Any], where: int) -> jax.Array:

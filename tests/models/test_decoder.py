@@ -1,8 +1,9 @@
-"""The decoder against transformers' Llama, packed and padded rows against plain ones, the KV cache."""
+"""The decoders against transformers' Llama, Qwen2 and Qwen3, read from directories it saved."""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,76 +11,50 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from vlmscale.evaluate.generation import make_generate
-from vlmscale.models.decoder import Decoder, DecoderSize, RMSNorm, empty_cache
+from tests.pretrained import DECODERS, VOCAB, load_decoder, make_decoder
+from vlmscale.evaluate.generation import make_generate, pad_prompts
+from vlmscale.layers import RMSNorm
+from vlmscale.models.decoder import Decoder, stack, unstack
+from vlmscale.models.sizes import DecoderSize
 from vlmscale.models.vlm import VLM
 
-VOCAB = 61
-# Neither theta nor eps is a default of either side, so that a forgotten one shows.
-COMMON = {"width": 32, "num_layers": 3, "mlp_width": 40, "rope_theta": 500.0, "norm_eps": 1e-3}
-GROUPED = DecoderSize(num_heads=4, num_kv_heads=2, **COMMON)
-PLAIN = DecoderSize(num_heads=4, num_kv_heads=4, **COMMON)
+GROUPED = "llama-grouped-tied"
+Loaded = tuple[torch.nn.Module, DecoderSize, dict[str, Any]]
 
 
-def llama(size: DecoderSize) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=size.width,
-        intermediate_size=size.mlp_width,
-        num_hidden_layers=size.num_layers,
-        num_attention_heads=size.num_heads,
-        num_key_value_heads=size.num_kv_heads,
-        rms_norm_eps=size.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            around = 1.0 if "norm" in name else 0.0
-            parameter.normal_(around, 0.2 if "norm" in name else 0.15)
-    return model
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Each tiny decoder once: theirs, our size, our parameters in the "scan" layout."""
 
+    @functools.cache
+    def of(name: str) -> Loaded:
+        model = make_decoder(name)
+        directory = tmp_path_factory.mktemp(name)
+        model.save_pretrained(directory)
+        size, params, report = load_decoder(directory)
+        assert not report.initialised
+        return model, size, params
 
-def params_of(model: LlamaForCausalLM) -> dict[str, Any]:
-    """The torch weights as ours: kernels transposed, layers stacked for the scan."""
-    state = {name: value.detach().numpy() for name, value in model.state_dict().items()}
-    count = model.config.num_hidden_layers
-
-    def stack(name: str) -> np.ndarray:
-        return np.stack([state[f"model.layers.{i}.{name}.weight"].T for i in range(count)])
-
-    theirs = {letter: f"self_attn.{letter}_proj" for letter in "qkvo"}
-    theirs |= {name: f"mlp.{name}_proj" for name in ("gate", "up", "down")}
-    layers: dict[str, Any] = {ours: {"kernel": stack(name)} for ours, name in theirs.items()}
-    layers["attention_norm"] = {"scale": stack("input_layernorm")}
-    layers["mlp_norm"] = {"scale": stack("post_attention_layernorm")}
-    final_norm = {"scale": state["model.norm.weight"]}
-    params = {"embedding": state["model.embed_tokens.weight"], "layers": layers, "final_norm": final_norm}
-    return jax.tree.map(jnp.asarray, params)
+    return of
 
 
 @functools.cache
 def forward(size: DecoderSize) -> Any:
-    """Tokens to final hidden states and logits, compiled once a shape."""
-    decoder = Decoder(size, VOCAB)
+    """Tokens to hidden states of every layer and logits, compiled once a shape."""
+    decoder = Decoder(size, VOCAB, layout="loop")
 
-    def run(params: Any, tokens: Any, positions: Any, segment_ids: Any) -> tuple[jax.Array, jax.Array]:
-        embeddings = decoder.apply({"params": params}, tokens, method="embed")
-        hidden = decoder.apply({"params": params}, embeddings, positions, segment_ids)
-        return hidden, decoder.apply({"params": params}, hidden, method="logits")
+    def run(params: Any, tokens: Any, positions: Any, segment_ids: Any) -> tuple[list[jax.Array], jax.Array]:
+        apply = functools.partial(decoder.apply, {"params": params})
+        embeddings = apply(tokens, method="embed")
+        states = apply(embeddings, positions, segment_ids, method="hidden_states")
+        return states, apply(states[-1], method="logits")
 
     return jax.jit(run)
 
 
-def theirs(model: LlamaForCausalLM, tokens: np.ndarray, positions: np.ndarray) -> tuple[Any, Any]:
-    """Final hidden states and logits; a mask of ones, or transformers would guess packing by itself."""
+def theirs(model: Any, tokens: np.ndarray, positions: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Hidden states and logits; a mask of ones, or transformers would guess packing by itself."""
     with torch.no_grad():
         out = model(
             torch.tensor(tokens),
@@ -87,7 +62,7 @@ def theirs(model: LlamaForCausalLM, tokens: np.ndarray, positions: np.ndarray) -
             position_ids=torch.tensor(positions),
             output_hidden_states=True,
         )
-    return out.hidden_states[-1].numpy(), out.logits.numpy()
+    return [state.numpy() for state in out.hidden_states], out.logits.numpy()
 
 
 @pytest.fixture(scope="module")
@@ -103,29 +78,51 @@ POSITIONS = {
 }
 
 
-@pytest.mark.parametrize("size", [GROUPED, PLAIN], ids=["grouped", "plain"])
-def test_hidden_states_and_logits_are_those_of_llama(size: DecoderSize, tokens: np.ndarray) -> None:
-    model = llama(size)
-    params = params_of(model)
+@pytest.mark.parametrize("name", DECODERS)
+def test_hidden_states_and_logits_are_theirs(name: str, loaded: Any, tokens: np.ndarray) -> None:
+    model, size, params = loaded(name)
     for positions in POSITIONS.values():
-        hidden, logits = theirs(model, tokens, positions)
-        ours, our_logits = forward(size)(params, tokens, positions, np.ones_like(tokens))
-        np.testing.assert_allclose(ours, hidden, atol=1e-5, rtol=0)
+        wanted, logits = theirs(model, tokens, positions)
+        ours, our_logits = forward(size)(unstack(params), tokens, positions, np.ones_like(tokens))
+        assert len(ours) == len(wanted)
+        for layer, state in enumerate(wanted):
+            np.testing.assert_allclose(ours[layer], state, atol=1e-5, rtol=0, err_msg=str(layer))
         np.testing.assert_allclose(our_logits, logits, atol=1e-4, rtol=0)
 
 
-def test_uneven_positions_matter(tokens: np.ndarray) -> None:
-    params = params_of(llama(GROUPED))
+@pytest.mark.parametrize("remat", ["none", "dots", "block"])
+def test_scan_and_loop_are_the_same_model(remat: str, loaded: Any, tokens: np.ndarray) -> None:
+    """Values and gradients, under every remat policy; and the layouts lead to each other."""
+    _, size, params = loaded("qwen3-grouped-untied")
+    again = stack(unstack(params))
+    assert jax.tree.structure(again) == jax.tree.structure(params)
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), again, params))
+
+    def loss(params: Any, layout: str) -> jax.Array:
+        decoder = Decoder(size, VOCAB, layout=layout, remat=remat)
+        embeddings = decoder.apply({"params": params}, tokens, method="embed")
+        hidden = decoder.apply({"params": params}, embeddings, POSITIONS["uneven"], np.ones_like(tokens))
+        return (decoder.apply({"params": params}, hidden, method="logits") ** 2).mean()
+
+    value, grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, "scan")
+    other, other_grads = jax.jit(jax.value_and_grad(loss), static_argnums=1)(unstack(params), "loop")
+    assert float(value) == pytest.approx(float(other), rel=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), unstack(grads), other_grads)
+
+
+def test_uneven_positions_matter(loaded: Any, tokens: np.ndarray) -> None:
+    _, size, params = loaded(GROUPED)
     plain, shifted, uneven = (
-        np.asarray(forward(GROUPED)(params, tokens, positions, np.ones_like(tokens))[0])
+        np.asarray(forward(size)(unstack(params), tokens, positions, np.ones_like(tokens))[0][-1])
         for positions in POSITIONS.values()
     )
     np.testing.assert_allclose(shifted, plain, atol=2e-5)
     assert np.abs(uneven - plain).max() > 1e-2
 
 
-def test_packed_segments_are_separate_rows(tokens: np.ndarray) -> None:
-    model = llama(GROUPED)
+@pytest.mark.parametrize("name", [GROUPED, "qwen2-grouped-untied", "qwen3-grouped-tied"])
+def test_packed_segments_are_separate_rows(name: str, loaded: Any, tokens: np.ndarray) -> None:
+    model, size, params = loaded(name)
     lengths = (4, 2, 3)  # and two places of padding
     segment_ids, positions = np.zeros((1, 11), int), np.zeros((1, 11), int)
     packed, start = np.zeros((1, 11), int), 0
@@ -136,23 +133,31 @@ def test_packed_segments_are_separate_rows(tokens: np.ndarray) -> None:
         start += length
     # In a batch as large as the other tests', so that nothing is compiled anew.
     rows = (np.repeat(x, 3, 0) for x in (packed, positions, segment_ids))
-    ours, _ = forward(GROUPED)(params_of(model), *rows)
-    ours = np.asarray(ours)
+    states, logits = forward(size)(unstack(params), *rows)
+    ours = np.asarray(states[-1])
     assert np.isfinite(ours).all()
     start = 0
     for number, length in enumerate(lengths):
-        alone, _ = theirs(model, tokens[number : number + 1, :length], np.arange(length)[None])
-        np.testing.assert_allclose(ours[0, start : start + length], alone[0], atol=1e-5, rtol=0)
+        alone, their_logits = theirs(model, tokens[number : number + 1, :length], np.arange(length)[None])
+        place = slice(start, start + length)
+        np.testing.assert_allclose(ours[0, place], alone[-1][0], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(logits[0, place], their_logits[0], atol=1e-4, rtol=0)
         start += length
 
 
-def test_cache_gives_the_full_forward_for_mixed_lengths(tokens: np.ndarray) -> None:
+@pytest.mark.parametrize("name", [GROUPED, "qwen3-grouped-untied"])
+def test_cache_gives_the_full_forward_for_mixed_lengths(name: str, loaded: Any) -> None:
     """Right-padded prompts of 5, 2 and 7 tokens, then a chunk of three and two single tokens a row."""
-    model = llama(GROUPED)
-    params = params_of(model)
-    decoder = Decoder(GROUPED, VOCAB)
+    model, size, stacked = loaded(name)
+    params = unstack(stacked)
+    decoder = Decoder(size, VOCAB, layout="loop")
     lengths, width = np.array([5, 2, 7]), 8
     everything = np.random.default_rng(2).integers(1, VOCAB, (3, 12))
+
+    @jax.jit
+    def prefill(chunk: Any, positions: Any, valid: Any) -> Any:
+        embeddings = decoder.apply({"params": params}, chunk, method="embed")
+        return decoder.apply({"params": params}, embeddings, positions, valid, width + 5, method="prefill")
 
     @jax.jit
     def extend(chunk: Any, positions: Any, valid: Any, cache: Any, slot: Any) -> Any:
@@ -166,7 +171,7 @@ def test_cache_gives_the_full_forward_for_mixed_lengths(tokens: np.ndarray) -> N
     valid = np.arange(width) < lengths[:, None]
     prompts = np.where(valid, everything[:, :width], 7)
     positions = np.broadcast_to(np.arange(width), (3, width))
-    hidden, cache = extend(prompts, positions, valid, empty_cache(GROUPED, 3, width + 5), jnp.int32(0))
+    hidden, cache = prefill(prompts, positions, valid)
     parts = [np.asarray(hidden)]
     done, slot = lengths.copy(), width
     for count in (3, 1, 1):
@@ -178,18 +183,20 @@ def test_cache_gives_the_full_forward_for_mixed_lengths(tokens: np.ndarray) -> N
         total = length + 5
         whole, _ = theirs(model, everything[row : row + 1, :total], np.arange(total)[None])
         ours = np.concatenate([parts[0][row, :length], *(part[row] for part in parts[1:])])
-        np.testing.assert_allclose(ours, whole[0], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(ours, whole[-1][0], atol=1e-5, rtol=0)
 
 
-def test_greedy_generation_is_that_of_transformers() -> None:
-    """Mixed prompt lengths, and an end token that one row says early: tokens are the same ones."""
-    model = llama(GROUPED)
+@pytest.mark.parametrize("name", DECODERS)
+def test_greedy_generation_is_that_of_transformers(name: str, loaded: Any) -> None:
+    """64 tokens on 20 prompts of mixed lengths in one batch; one row's token is made the stop token."""
+    model, size, params = loaded(name)
     rng = np.random.default_rng(3)
-    prompts = [rng.integers(1, VOCAB, length) for length in (3, 9, 1, 6)]
-    longest, new = 9, 12
+    lengths = [1, 2, 40, *rng.integers(3, 40, 17)]
+    prompts = [rng.integers(1, VOCAB, length) for length in lengths]
+    rows, longest, new = len(prompts), max(lengths), 64
 
     def reference(end: int | None) -> np.ndarray:
-        left, mask = np.zeros((4, longest), int), np.zeros((4, longest), int)
+        left, mask = np.zeros((rows, longest), int), np.zeros((rows, longest), int)
         for row, prompt in enumerate(prompts):
             left[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
         out = model.generate(
@@ -202,28 +209,22 @@ def test_greedy_generation_is_that_of_transformers() -> None:
         )[:, longest:].numpy()
         return np.pad(out, ((0, 0), (0, new - out.shape[1])), constant_values=end or 0)
 
+    batch = pad_prompts([prompt.tolist() for prompt in prompts], -1, 0, longest)
+    vlm = VLM(size, VOCAB, "pool", 0, layout="loop")
+    ours = {"decoder": unstack(params)}
     free = reference(None)
-    assert len(np.unique(free)) > 12, "the model repeats itself, so the test would show little"
+    assert len(np.unique(free)) > 8, "the model repeats itself, so the test would show little"
+    np.testing.assert_array_equal(make_generate(vlm, new, ())(ours, batch), free)
     end = int(free[1, 4])
     ended = (free == end).any(1)
     assert ended.any()
-    assert not ended.all()
-    batch = {
-        "tokens": np.zeros((4, longest), np.int32),
-        "image_slots": np.zeros((4, longest), bool),
-        "valid": np.zeros((4, longest), bool),
-    }
-    for row, prompt in enumerate(prompts):
-        batch["tokens"][row, : len(prompt)] = prompt
-        batch["valid"][row, : len(prompt)] = True
-    vlm = VLM(GROUPED, VOCAB, "pool", 0)
-    answers = make_generate(vlm, new, end)({"decoder": params_of(model)}, batch)
-    np.testing.assert_array_equal(answers, reference(end))
+    assert not (free[:, 0] == end).all()
+    np.testing.assert_array_equal(make_generate(vlm, new, (end, VOCAB + 5))(ours, batch), reference(end))
 
 
-def test_bfloat16_keeps_logits_and_angles_in_float32(tokens: np.ndarray) -> None:
-    params = params_of(llama(GROUPED))
-    decoder, ones = Decoder(GROUPED, VOCAB, jnp.bfloat16), np.ones_like(tokens)
+def test_bfloat16_keeps_logits_and_angles_in_float32(loaded: Any, tokens: np.ndarray) -> None:
+    _, size, params = loaded(GROUPED)
+    decoder, ones = Decoder(size, VOCAB, jnp.bfloat16), np.ones_like(tokens)
     far = POSITIONS["uneven"] + 1000  # bfloat16 cannot tell such positions apart
 
     @jax.jit
@@ -235,8 +236,8 @@ def test_bfloat16_keeps_logits_and_angles_in_float32(tokens: np.ndarray) -> None
     hidden, logits = run(tokens)
     assert hidden.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
-    exact, _ = forward(GROUPED)(params, tokens, far, ones)
-    assert np.abs(np.asarray(hidden, np.float32) - np.asarray(exact)).mean() < 0.02
+    exact, _ = forward(size)(unstack(params), tokens, far, ones)
+    assert np.abs(np.asarray(hidden, np.float32) - np.asarray(exact[-1])).mean() < 0.02
 
 
 def test_norm_is_float32_inside() -> None:
@@ -247,3 +248,9 @@ def test_norm_is_float32_inside() -> None:
     wanted = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-3) * scale
     assert ours.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(ours), wanted.astype(jnp.bfloat16))
+
+
+def test_unknown_layouts_are_refused(tmp_path: Path) -> None:
+    size = DecoderSize(width=8, num_layers=1, num_heads=2, num_kv_heads=1, mlp_width=8)
+    with pytest.raises(ValueError, match="layout stacked: one of scan, loop"):
+        Decoder(size, 11, layout="stacked").init(jax.random.key(0), jnp.zeros((1, 2), int), method="embed")

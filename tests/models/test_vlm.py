@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmscale.compressors import Features
-from vlmscale.models.decoder import DecoderSize
+from vlmscale.models.sizes import DecoderSize
 from vlmscale.models.vlm import VLM, splice
 
 ROWS, LENGTH, VISUAL, WIDTH = 3, 9, 4, 5

@@ -13,7 +13,7 @@ import pytest
 
 from vlmscale.config import TrainConfig
 from vlmscale.errors import UserError
-from vlmscale.models.decoder import DecoderSize
+from vlmscale.models.sizes import DecoderSize
 from vlmscale.models.vlm import VLM
 from vlmscale.sharding import check_batch, make_mesh, put_batch, replicated
 from vlmscale.train.step import (
@@ -184,8 +184,8 @@ def test_matrices_decay_and_norms_and_biases_do_not(steps: Steps) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(updates):
         name = path[-1].key
         names.add(name)
-        assert leaf.any() == (name in ("kernel", "embedding")), jax.tree_util.keystr(path)
-    assert names == {"kernel", "embedding", "scale", "bias"}
+        assert leaf.any() == (name in ("kernel", "weight", "embedding")), jax.tree_util.keystr(path)
+    assert names == {"kernel", "weight", "embedding", "scale", "bias"}
 
 
 def test_clipping_bounds_the_update_by_the_global_norm() -> None:

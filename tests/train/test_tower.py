@@ -13,7 +13,7 @@ from vlmscale.cli import main
 from vlmscale.config import Cell
 from vlmscale.data import scenes
 from vlmscale.errors import UserError
-from vlmscale.models.vision import TOWERS
+from vlmscale.models.sizes import TOWERS
 from vlmscale.train import tower as recipe
 from vlmscale.train.prepared import encode_images, load_tower, pixels_of, tower_path
 from vlmscale.weights import tree

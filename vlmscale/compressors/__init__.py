@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import flax.linen as nn
 
 from vlmscale.compressors.features import Features
+from vlmscale.compressors.mlp import Projector
 from vlmscale.compressors.pool import Pool
 from vlmscale.compressors.tokenpacker import TokenPacker
 from vlmscale.errors import UserError
@@ -34,7 +35,13 @@ def square_divisors(side: int) -> list[int]:
     return [g * g for g in range(1, side + 1) if side % g == 0]
 
 
+def all_patches(side: int) -> list[int]:
+    """The one token count of a method that keeps every patch."""
+    return [side * side]
+
+
 COMPRESSORS: dict[str, Method] = {
+    "mlp": Method(Projector, all_patches, needs_levels=False),
     "pool": Method(Pool, square_divisors, needs_levels=False),
     "tokenpacker": Method(TokenPacker, square_divisors, needs_levels=True),
 }

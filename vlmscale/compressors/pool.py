@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from vlmscale.compressors.features import Features
+from vlmscale.compressors.mlp import project
 
 
 class Pool(nn.Module):
     """Mean over g x g equal windows, then Linear -> GELU -> Linear to the LLM's width.
 
-    With one patch a window this is LLaVA-1.5's `mlp2x_gelu` projector (exact GELU, biases, no norm).
+    The projector is that of `mlp`, which this is with one patch a window.
     """
 
     visual_tokens: int
@@ -28,7 +29,5 @@ class Pool(nn.Module):
         side, grid = round(patches**0.5), round(self.visual_tokens**0.5)
         window = side // grid
         x = x.reshape(batch, grid, window, grid, window, channels).mean((2, 4))
-        x = x.reshape(batch, self.visual_tokens, channels).astype(self.dtype)
-        h = nn.gelu(nn.Dense(self.llm_width, dtype=self.dtype, name="up")(x), approximate=False)
-        tokens = nn.Dense(self.llm_width, dtype=self.dtype, name="down")(h)
-        return tokens, jnp.ones((batch, self.visual_tokens), bool)
+        x = x.reshape(batch, self.visual_tokens, channels)
+        return project(x, self.llm_width, self.dtype), jnp.ones((batch, self.visual_tokens), bool)

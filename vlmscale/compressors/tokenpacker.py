@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from vlmscale.attention import attend
 from vlmscale.compressors.features import Features
+from vlmscale.layers import LayerNorm, dense
 
 _NORM_EPS = 1e-6  # the published code's, not torch's default
 
@@ -58,7 +59,7 @@ class TokenPacker(nn.Module):
         def heads(x: jax.Array, name: str) -> jax.Array:
             width = x.shape[-1]
             init = nn.initializers.xavier_uniform()
-            y = nn.Dense(width, dtype=self.dtype, kernel_init=init, name=f"attention_{name}")(x)
+            y = dense(width, f"attention_{name}", self.dtype, ("embed", "heads"), kernel_init=init)(x)
             return y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads)
 
         mixed = attend(heads(q, "q"), heads(k, "k"), heads(v, "v"), None).reshape(q.shape)
@@ -66,10 +67,11 @@ class TokenPacker(nn.Module):
 
     def _dense(self, features: int, name: str, use_bias: bool = True) -> nn.Dense:
         init = nn.initializers.truncated_normal(0.02)
-        return nn.Dense(features, use_bias=use_bias, dtype=self.dtype, kernel_init=init, name=name)
+        axes = ("mlp", "embed") if name.endswith(("down", "_o")) else ("embed", "mlp")
+        return dense(features, name, self.dtype, axes, use_bias=use_bias, kernel_init=init)
 
-    def _norm(self, name: str) -> nn.LayerNorm:
-        return nn.LayerNorm(_NORM_EPS, dtype=self.dtype, name=name)
+    def _norm(self, name: str) -> LayerNorm:
+        return LayerNorm(_NORM_EPS, self.dtype, name=name)
 
 
 def downsample_bilinear(x: jax.Array, grid: int) -> jax.Array:

@@ -5,23 +5,15 @@ Pure arithmetic on the size tables, no arrays.
 
 from __future__ import annotations
 
-from vlmscale.models.decoder import DecoderSize
-from vlmscale.models.vision import TowerSize
-
-
-def decoder_params(size: DecoderSize) -> int:
-    """Non-embedding parameters of a decoder: its layers and final norm."""
-    kv_width = size.num_kv_heads * size.head_dim
-    attention = 2 * size.width**2 + 2 * size.width * kv_width
-    return size.num_layers * (attention + 3 * size.width * size.mlp_width + 2 * size.width) + size.width
+from vlmscale.models.sizes import DecoderSize, TowerSize
 
 
 def decoder_flops(size: DecoderSize, new_tokens: float, context: float) -> float:
     """Forward FLOPs of `new_tokens` behind `context` tokens, without the head; causal attention."""
-    kv_width = size.num_kv_heads * size.head_dim
-    per_token = 2 * (2 * size.width**2 + 2 * size.width * kv_width + 3 * size.width * size.mlp_width)
+    q_width, kv_width = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
+    per_token = 2 * (2 * size.width * (q_width + kv_width) + 3 * size.width * size.mlp_width)
     seen = context * new_tokens + new_tokens * (new_tokens + 1) / 2
-    return size.num_layers * (per_token * new_tokens + 4 * size.width * seen)
+    return size.num_layers * (per_token * new_tokens + 4 * q_width * seen)
 
 
 def head_flops(size: DecoderSize, vocab_size: int, positions: float) -> float:
@@ -31,10 +23,10 @@ def head_flops(size: DecoderSize, vocab_size: int, positions: float) -> float:
 
 def tower_flops(size: TowerSize) -> int:
     """Forward FLOPs of one image, up to the last layer that anything reads."""
-    patches, width = size.num_patches, size.width
-    block = patches * (8 * width**2 + 4 * width * size.mlp_width) + 4 * patches**2 * width
+    tokens, width = size.num_patches + size.class_tokens, size.width
+    block = tokens * (8 * width**2 + 4 * width * size.mlp_width) + 4 * tokens**2 * width
     blocks = max(size.select_layer, *size.levels)
-    return blocks * block + 2 * patches * size.patch_size**2 * 3 * width
+    return blocks * block + 2 * size.num_patches * size.patch_size**2 * 3 * width
 
 
 def compressor_flops(name: str, visual_tokens: int, tower: TowerSize, llm_width: int) -> int:
@@ -42,7 +34,7 @@ def compressor_flops(name: str, visual_tokens: int, tower: TowerSize, llm_width:
     if visual_tokens == 0:
         return 0
     width = tower.width
-    if name == "pool":
+    if name in ("mlp", "pool"):
         return 2 * visual_tokens * (width * llm_width + llm_width**2)
     if name == "tokenpacker":
         patches, levels = tower.num_patches, len(tower.levels)

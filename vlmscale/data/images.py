@@ -1,7 +1,9 @@
-"""From a picture's bytes to the normalised square that a vision tower reads.
+"""From a picture's bytes to the normalised array that a vision tower reads.
 
-Owns decoding (with every way in which a file may be bad turned into one reason) and the three
-preprocessing modes. Where the files lie, and which record they belong to, is `records.py`'s business.
+Owns decoding (with every way in which a file may be bad turned into one reason), the one way in which
+pictures are padded, resized, cropped and normalised (`transform`), and the three preprocessing modes. What a
+published checkpoint says about its preprocessing is `processor.py`'s business; where the files lie, and
+which record they belong to, is `records.py`'s.
 """
 
 from __future__ import annotations
@@ -28,11 +30,11 @@ from vlmscale.errors import UserError
 
 MODES = ("resize", "pad", "crop")
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses; decoding takes about 10 bytes a pixel at its peak
-MAX_SIDE = 65_535  # the longest side of a JPEG; bounds the memory of `preprocess` for thin pictures
+MAX_SIDE = 65_535  # the longest side of a JPEG; bounds the memory of `transform` for thin pictures
 DRAFT_PIXELS = (
     2**25
 )  # only a larger JPEG is decoded at reduced size, so that usual ones match LLaVA's exactly
-_WHOLE_PIXELS = 2**26  # the largest picture that `preprocess` builds on the way to its small one
+_WHOLE_PIXELS = 2**26  # the largest picture that `transform` builds on the way to its small one
 _BLOCK_PIXELS = 2**22
 
 # By their first bytes. Pillow's own registry is passed by: it also holds formats that start another program
@@ -96,35 +98,105 @@ def preprocess(
     - "crop": shorter side to S, longer to int(S * long / short), then the centre S x S (Hugging Face's
       CLIPImageProcessor, LLaVA's stage 1).
 
-    Memory: about 300 MB beyond two copies of the image, whatever the aspect ratio. Where the padded square or
-    the resized picture before the crop would have more than 2**26 pixels, it is not built: the long side is
-    resized before the padding, and the centre alone is computed. That differs by one 8-bit level of rounding,
-    and by more where the filter overshoots black or white.
+    Memory, and what it costs in exactness for huge pictures: see `transform`.
 
     Raises:
         UserError: `mode`, `image_size`, `mean` or `std` is not one that can be used.
         ValueError: `image` is not uint8 [H, W, 3], is empty, or has a side above `MAX_SIDE`.
     """
-    if mode not in MODES:
-        raise UserError(f"image mode {mode!r} is unknown: use one of {', '.join(MODES)}")
     if image_size < 1:
         raise UserError(f"image size {image_size} is too small: use 1 pixel or more")
     if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
         raise UserError(
             f"image mean {tuple(mean)} and std {tuple(std)} must have three numbers each, with std above 0"
         )
+    size, crop, fill = geometry(image_size, mean, mode)
+    return transform(
+        image,
+        size=size,
+        crop=crop,
+        fill=fill,
+        resample=Image.Resampling.BICUBIC,
+        scale=1 / 255,
+        mean=mean,
+        std=std,
+    )
+
+
+def geometry(
+    image_size: int, mean: Sequence[float], mode: str
+) -> tuple[int | tuple[int, int], tuple[int, int] | None, tuple[int, int, int] | None]:
+    """`size`, `crop` and `fill` of `transform` for a mode of `preprocess`.
+
+    Raises:
+        UserError: there is no such mode.
+    """
+    if mode not in MODES:
+        raise UserError(f"image mode {mode!r} is unknown: use one of {', '.join(MODES)}")
+    square = (image_size, image_size)
+    if mode == "crop":
+        return image_size, square, None
+    return square, None, pad_colour(mean) if mode == "pad" else None
+
+
+def pad_colour(mean: Sequence[float]) -> tuple[int, int, int]:
+    """The 8-bit colour that LLaVA pads with, from the channels' `mean` (values in 0..1): int(255 * mean)."""
+    red, green, blue = (int(255 * m) for m in mean)
+    return red, green, blue
+
+
+def transform(
+    image: np.ndarray,
+    *,
+    size: int | tuple[int, int] | None,
+    crop: tuple[int, int] | None,
+    fill: tuple[int, int, int] | None,
+    resample: int,
+    scale: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> np.ndarray:
+    """A picture padded, resized, cropped, then times `scale`, minus `mean`, over `std`; float32 [h, w, 3].
+
+    The steps, their order and their rounding are those of transformers' image processors on Pillow
+    (`PilBackend` in image_processing_backends.py; `LlavaImageProcessorPil` for the padding).
+
+    Args:
+      image: the picture, uint8 [H, W, 3].
+      size: (height, width) in pixels, the aspect ratio is lost; or the length of the shorter side, the longer
+        becomes int(size * long / short); or None, nothing is resized.
+      crop: (height, width) in pixels of the centre that is kept, black where the picture is smaller; or None.
+      fill: the 8-bit colour that a picture is padded with to a square, centred at (long - short) // 2, before
+        it is resized (`size` must be given); or None.
+      resample: Pillow's number of the filter, 0 to 5.
+      scale: what the 8-bit values are multiplied with.
+      mean, std: one number a channel, for scaled values.
+
+    Returns:
+      [h, w, 3]: `crop`'s sides, else those of the resized picture.
+
+    Memory: about 300 MB beyond two copies of the image and the result, whatever the aspect ratio. Where the
+    padded square or the resized picture before the crop would have more than 2**26 pixels, it is not built:
+    the long side is resized before the padding, and the centre alone is computed. That differs by one 8-bit
+    level of rounding, and by more where the filter overshoots black or white.
+
+    Raises:
+      ValueError: `image` is not uint8 [H, W, 3], is empty, or has a side above `MAX_SIDE`; `fill` without
+        `size`.
+    """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     if min(image.shape) < 1 or max(image.shape) > MAX_SIDE:
         raise ValueError(f"image sides must be 1 to {MAX_SIDE}, not {list(image.shape[:2])}")
-    picture = Image.fromarray(image)
-    if mode == "resize":
-        square = _bicubic(picture, image_size, image_size)
-    elif mode == "pad":
-        square = _pad(picture, image_size, tuple(int(255 * m) for m in mean))
-    else:
-        square = _crop(picture, image_size)
-    scaled = (np.asarray(square) * (1 / 255)).astype(np.float32)
+    picture, filter_ = Image.fromarray(image), Image.Resampling(resample)
+    if fill is not None:
+        if size is None:
+            raise ValueError("a picture that is padded must be resized too")
+        height, width = (size, size) if isinstance(size, int) else size
+        picture = _pad(picture, width, height, fill, filter_)
+    width, height = _resized(picture, size)
+    picture = _resize_and_crop(picture, width, height, crop, filter_)
+    scaled = (np.asarray(picture) * float(scale)).astype(np.float32)
     return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
@@ -191,36 +263,44 @@ def _gray16_to_rgb(gray: np.ndarray) -> np.ndarray:
     return out
 
 
-def _bicubic(
-    picture: Image.Image, width: int, height: int, box: tuple[float, float, float, float] | None = None
+def _resized(picture: Image.Image, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    """(width, height) that `size` of `transform` asks for."""
+    if isinstance(size, tuple):
+        return size[1], size[0]
+    width, height = picture.size
+    if size is None:
+        return width, height
+    new_long = int(size * max(width, height) / min(width, height))  # transformers truncates
+    return (new_long, size) if width >= height else (size, new_long)
+
+
+def _pad(
+    picture: Image.Image, width: int, height: int, fill: tuple[int, int, int], resample: Image.Resampling
 ) -> Image.Image:
-    """Resizes a picture, or its `box` (left, top, right, bottom)."""
-    return picture.resize((width, height), Image.Resampling.BICUBIC, box=box)
-
-
-def _pad(picture: Image.Image, size: int, fill: tuple[int, ...]) -> Image.Image:
     """Pads to a square, then resizes; beyond `_WHOLE_PIXELS` the long side is resized before the padding."""
-    width, height = picture.size
-    side = max(width, height)
-    shape = [side, side]
+    side, wide = max(picture.size), picture.width >= picture.height
+    across, down = side, side
     if side * side > _WHOLE_PIXELS:
-        picture = _bicubic(picture, size, height) if width >= height else _bicubic(picture, width, size)
-        shape[0 if width >= height else 1] = size
-    square = Image.new("RGB", (shape[0], shape[1]), fill)
-    square.paste(picture, (0, (side - height) // 2) if width >= height else ((side - width) // 2, 0))
-    return _bicubic(square, size, size)
+        across, down = (width, side) if wide else (side, height)
+        picture = picture.resize((across, picture.height) if wide else (picture.width, down), resample)
+    square = Image.new("RGB", (across, down), fill)
+    square.paste(picture, (0, (side - picture.height) // 2) if wide else ((side - picture.width) // 2, 0))
+    return square.resize((width, height), resample)
 
 
-def _crop(picture: Image.Image, size: int) -> Image.Image:
-    """Shorter side to `size`, then the centre; beyond `_WHOLE_PIXELS` the centre alone is computed."""
-    width, height = picture.size
-    wide = width >= height
-    short, long = min(width, height), max(width, height)
-    new_long = int(size * long / short)  # Hugging Face truncates
-    start = (new_long - size) // 2
-    if new_long * size <= _WHOLE_PIXELS:
-        resized = _bicubic(picture, new_long, size) if wide else _bicubic(picture, size, new_long)
-        left, top = (start, 0) if wide else (0, start)
-        return resized.crop((left, top, left + size, top + size))
-    first, last = start * long / new_long, (start + size) * long / new_long
-    return _bicubic(picture, size, size, box=(first, 0, last, height) if wide else (0, first, width, last))
+def _resize_and_crop(
+    picture: Image.Image, width: int, height: int, crop: tuple[int, int] | None, resample: Image.Resampling
+) -> Image.Image:
+    """Resizes to width x height, then keeps the centre; beyond `_WHOLE_PIXELS` that alone is computed."""
+    crop_height, crop_width = (height, width) if crop is None else crop
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2  # below 0 where the picture is smaller
+    if (width, height) == picture.size or width * height <= _WHOLE_PIXELS:
+        resized = picture.resize((width, height), resample)
+        return resized.crop((left, top, left + crop_width, top + crop_height))
+    first, last = max(0, left), min(width, left + crop_width)
+    upper, lower = max(0, top), min(height, top + crop_height)
+    across, down = picture.size
+    box = (first * across / width, upper * down / height, last * across / width, lower * down / height)
+    centre = Image.new("RGB", (crop_width, crop_height))
+    centre.paste(picture.resize((last - first, lower - upper), resample, box), (first - left, upper - top))
+    return centre

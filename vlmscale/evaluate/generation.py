@@ -1,34 +1,75 @@
-"""Greedy generation with a KV cache: prefill once, then one token a step for the whole batch."""
+"""Generation with a KV cache: prefill once, then one token a step for the whole batch."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from vlmscale.data.conversation import Template, with_image
-from vlmscale.models.decoder import empty_cache
+from vlmscale.errors import UserError
+from vlmscale.models.decoder import KVCache
 from vlmscale.models.vlm import VLM
 from vlmscale.train.step import Params, features_of
 
-Generate = Callable[[Params, dict[str, jax.Array]], jax.Array]
+Generate = Callable[..., jax.Array]
 
 
-def make_generate(model: VLM, max_new_tokens: int, end_id: int) -> Generate:
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. Temperature 0 is greedy.
+
+    Otherwise: logits over the temperature, then of the most likely tokens the fewest that together have
+    probability `top_p` (transformers' order of the two). Rows draw from streams of their own.
+
+    Raises:
+      UserError: temperature below 0, top_p not in (0, 1], or a seed below 0.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or above, and finite")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1")
+        if self.seed < 0:
+            raise UserError(f"seed={self.seed}: must not be negative")
+
+
+GREEDY = Sampling()
+
+
+def make_generate(
+    model: VLM, max_new_tokens: int, stop_ids: tuple[int, ...], sampling: Sampling = GREEDY
+) -> Generate:
     """A jitted function from (params, prompt batch) to answer ids [B, max_new_tokens].
 
     The prompt batch holds tokens, image_slots and valid [B, T] (right-padded) and, unless the model is
-    blind, the tower outputs. Behind its `end_id` a row repeats `end_id`. Rows do not see each other, so
-    an answer does not depend on what else is in the batch.
+    blind, the tower outputs. Behind the first of its `stop_ids` a row repeats it. Rows do not see each
+    other, so an answer does not depend on what else is in the batch.
+
+    Args:
+      model: in the "loop" layout.
+      max_new_tokens: length of every row.
+      stop_ids: any of them ends a row; empty for rows of full length.
+      sampling: greedy unless told otherwise.
     """
+    stops = jnp.array(stop_ids, jnp.int32)
+
+    def ended(token: jax.Array) -> jax.Array:
+        return jnp.any(token[:, None] == stops, axis=1)
 
     @jax.jit
     def generate(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
         rows, length = batch["tokens"].shape
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-        cache = empty_cache(model.decoder_size, rows, length + max_new_tokens, model.dtype)
         logits, cache = model.apply(
             {"params": params},
             batch["tokens"],
@@ -36,18 +77,19 @@ def make_generate(model: VLM, max_new_tokens: int, end_id: int) -> Generate:
             positions,
             batch["valid"],
             features_of(batch),
-            cache,
+            length + max_new_tokens,
             method="prefill",
         )
         prompt_length = jnp.sum(batch["valid"], axis=1)
-        token = jnp.argmax(logits, axis=-1)
-        answers = jnp.full((rows, max_new_tokens), end_id, token.dtype).at[:, 0].set(token)
+        keys = jax.random.split(jax.random.key(sampling.seed), rows)
+        token = choose(logits, keys, jnp.int32(0), sampling)
+        answers = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(token)
 
-        def unfinished(carry: tuple) -> jax.Array:
+        def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, KVCache]) -> jax.Array:
             index, token, _, _ = carry
-            return (index < max_new_tokens) & jnp.any(token != end_id)
+            return (index < max_new_tokens) & ~jnp.all(ended(token))
 
-        def one_more(carry: tuple) -> tuple:
+        def one_more(carry: tuple[jax.Array, jax.Array, jax.Array, KVCache]) -> tuple:
             index, token, answers, cache = carry
             logits, cache = model.apply(
                 {"params": params},
@@ -57,12 +99,53 @@ def make_generate(model: VLM, max_new_tokens: int, end_id: int) -> Generate:
                 length + index - 1,
                 method="decode",
             )
-            token = jnp.where(token == end_id, end_id, jnp.argmax(logits, axis=-1))
+            token = jnp.where(ended(token), token, choose(logits, keys, index, sampling))
             return index + 1, token, answers.at[:, index].set(token), cache
 
-        return jax.lax.while_loop(unfinished, one_more, (jnp.int32(1), token, answers, cache))[2]
+        count, token, answers, _ = jax.lax.while_loop(
+            unfinished, one_more, (jnp.int32(1), token, answers, cache)
+        )
+        return jnp.where(jnp.arange(max_new_tokens) < count, answers, token[:, None])
 
     return generate
+
+
+def choose(logits: jax.Array, keys: jax.Array, index: jax.Array, sampling: Sampling) -> jax.Array:
+    """The next token of each row.
+
+    Args:
+      logits: float32 [B, vocab].
+      keys: [B] typed random keys, one a row.
+      index: number of the token within its answer.
+      sampling: how.
+
+    Returns:
+      Ids [B], int32.
+    """
+    if sampling.temperature == 0:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    kept = nucleus(logits / sampling.temperature, sampling.top_p)
+    at_index = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+    return jax.vmap(jax.random.categorical)(at_index, kept).astype(jnp.int32)
+
+
+def nucleus(logits: jax.Array, top_p: float) -> jax.Array:
+    """Logits [B, vocab] with -inf for all but the fewest most likely tokens that reach `top_p` together.
+
+    As transformers' TopPLogitsWarper; the most likely token always stays.
+    """
+    if top_p >= 1:
+        return logits
+    order = jnp.argsort(-logits, axis=-1)
+    probabilities = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1), axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    threshold = jnp.where(before < top_p, 0.0, -jnp.inf)
+    return logits + jnp.take_along_axis(threshold, jnp.argsort(order, axis=-1), axis=-1)
+
+
+def answer_length(ids: list[int], stop_ids: tuple[int, ...]) -> int:
+    """Tokens of a generated row up to and with its first stop token."""
+    return next((place + 1 for place, token in enumerate(ids) if token in stop_ids), len(ids))
 
 
 def prompt_batch(
@@ -77,12 +160,18 @@ def prompt_batch(
       visual_tokens: slots an image takes.
       length: static length, at least that of the longest prompt with its slots.
     """
-    tokens = np.full((len(prompts), length), template.pad, np.int32)
-    image_slots = np.zeros((len(prompts), length), bool)
+    filled = [
+        with_image(ids, template, visual_tokens if has_image else 0)[0].tolist()
+        for ids, has_image in zip(prompts, images, strict=True)
+    ]
+    return pad_prompts(filled, template.image, template.pad, length)
+
+
+def pad_prompts(prompts: list[list[int]], image_id: int, pad_id: int, length: int) -> dict[str, np.ndarray]:
+    """Prompts whose image slots hold `image_id`, right-padded: tokens, image_slots, valid [B, length]."""
+    tokens = np.full((len(prompts), length), pad_id, np.int32)
     valid = np.zeros((len(prompts), length), bool)
-    for row, (ids, has_image) in enumerate(zip(prompts, images, strict=True)):
-        filled, slots = with_image(ids, template, visual_tokens if has_image else 0)
-        tokens[row, : len(filled)] = filled
-        image_slots[row, : len(filled)] = slots
-        valid[row, : len(filled)] = True
-    return {"tokens": tokens, "image_slots": image_slots, "valid": valid}
+    for row, ids in enumerate(prompts):
+        tokens[row, : len(ids)] = ids
+        valid[row, : len(ids)] = True
+    return {"tokens": tokens, "image_slots": (tokens == image_id) & valid, "valid": valid}

@@ -19,10 +19,10 @@ from vlmscale.cost import flops
 from vlmscale.data.images import ImageError, decode_image
 from vlmscale.data.records import Record, Turn
 from vlmscale.errors import UserError
-from vlmscale.evaluate.generation import make_generate, prompt_batch
+from vlmscale.evaluate.generation import GREEDY, Sampling, answer_length, make_generate, prompt_batch
 from vlmscale.evaluate.scoring import SCORERS
-from vlmscale.models.decoder import SIZES
-from vlmscale.models.vision import TOWERS
+from vlmscale.models.decoder import unstack
+from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.records import ResultRow, git_commit, now, read_json, read_rows, write_lines
 from vlmscale.sharding import make_mesh, replicated
 from vlmscale.train.checkpoint import Checkpoints
@@ -51,7 +51,7 @@ class Item:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained run, ready to answer."""
+    """A trained run, ready to answer: `params` are in the decoder's "loop" layout."""
 
     path: Path
     cell: Cell
@@ -75,6 +75,7 @@ def load_run(path: Path) -> LoadedRun:
     checkpoints = Checkpoints(path)
     params = checkpoints.restore_params(with_sharding(abstract, replicated(make_mesh())))
     checkpoints.close()
+    params["decoder"] = unstack(params["decoder"])
     return LoadedRun(path, cell, spec["sweep"], spec["cell_id"], prepared, params)
 
 
@@ -111,8 +112,8 @@ def answer_items(run: LoadedRun, items: list[Item], split: str, progress: Progre
     cell, template = run.cell, run.prepared.template
     features = run.prepared.features(split, cell)
     prompts = [template.prompt(item.question, item.history) for item in items]
-    model = build_model(cell, run.prepared.tokenizer.get_vocab_size())
-    generate = make_generate(model, cell.evaluate.max_new_tokens, template.end)
+    model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop")
+    generate = make_generate(model, cell.evaluate.max_new_tokens, (template.end,))
     size = min(cell.evaluate.batch_size, len(items))
     length = max(map(len, prompts)) + cell.compressor.visual_tokens
     answers: list[tuple[str, int]] = []
@@ -130,8 +131,7 @@ def answer_items(run: LoadedRun, items: list[Item], split: str, progress: Progre
             batch[name] = store[[max(items[i].image, 0) for i in rows]]
         ids = np.asarray(generate(run.params, batch)).tolist()
         for row in ids[: min(size, len(items) - start)]:
-            used = row.index(template.end) + 1 if template.end in row else len(row)
-            answers.append((template.decode(row), used))
+            answers.append((template.decode(row), answer_length(row, (template.end,))))
         progress(min(start + size, len(items)), len(items))
     return answers
 
@@ -200,7 +200,7 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], samp
         seed=cell.train.seed,
         llm_name=cell.llm.name,
         n_total=tree.count(run.params["decoder"]),
-        n_nonembed=flops.decoder_params(llm),
+        n_nonembed=llm.num_nonembedding_params,
         vision_tower=cell.tower.name,
         tower_flops=tower_flops,
         compressor=cell.compressor.name if visual_tokens else "none",
@@ -254,8 +254,14 @@ def _training_flops(run: LoadedRun) -> float:
     return flops.training_flops(llm, vocab, tokens, targets, with_image * compressor)
 
 
-def answer_one(run: LoadedRun, image: Path | None, prompt: str) -> str:
-    """Greedy answer to one question about one picture.
+def answer_one(
+    run: LoadedRun,
+    image: Path | None,
+    prompt: str,
+    max_new_tokens: int | None = None,
+    sampling: Sampling = GREEDY,
+) -> str:
+    """Answer to one question about one picture; greedy and of the run's own length unless told otherwise.
 
     Raises:
       UserError: a prompt that is empty or no text, or a picture that cannot be read.
@@ -281,6 +287,7 @@ def answer_one(run: LoadedRun, image: Path | None, prompt: str) -> str:
         weights = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name)
         levels = COMPRESSORS[cell.compressor.name].needs_levels
         batch |= encode_images(cell.tower.name, weights, jnp.asarray(pixels), levels)
-    model = build_model(cell, run.prepared.tokenizer.get_vocab_size())
-    answer = make_generate(model, cell.evaluate.max_new_tokens, template.end)(run.params, batch)
+    model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop")
+    longest = max_new_tokens or cell.evaluate.max_new_tokens
+    answer = make_generate(model, longest, (template.end,), sampling)(run.params, batch)
     return template.decode(np.asarray(answer)[0].tolist())

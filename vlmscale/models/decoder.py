@@ -1,144 +1,145 @@
-"""Llama-type decoder: the named size table, the Linen module, its KV cache."""
+"""The decoder LLM: Llama, Qwen1.5/2.5, Qwen3, to train (scanned layers) and to generate (KV cache)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlmscale.attention import attend, causal_mask, rotate
+from vlmscale.attention import attend, rotate
+from vlmscale.layers import Axes, Linear, RMSNorm, named
+from vlmscale.models.sizes import DecoderSize
 
-
-@dataclass(frozen=True)
-class DecoderSize:
-    """One row of the size table. The vocabulary is the tokenizer's, so it is not part of a size."""
-
-    width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    mlp_width: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-5
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.width // self.num_heads
-
-
-# Named by total parameters with the demo's tokenizer, embeddings (tied) counted once.
-SIZES: dict[str, DecoderSize] = {
-    "toy-14k": DecoderSize(width=16, num_layers=2, num_heads=1, num_kv_heads=1, mlp_width=48),
-    "toy-40k": DecoderSize(width=32, num_layers=2, num_heads=2, num_kv_heads=2, mlp_width=96),
-    "toy-135k": DecoderSize(width=64, num_layers=2, num_heads=2, num_kv_heads=2, mlp_width=192),
-    "toy-375k": DecoderSize(width=96, num_layers=3, num_heads=3, num_kv_heads=3, mlp_width=256),
+LAYOUTS = ("scan", "loop")
+# What the backward pass recomputes. "block": everything in a layer, which on CPU is also the fastest, since
+# the scan would copy each kept intermediate into a stacked array. "dots": all but the matrix products.
+REMAT: dict[str, Any] = {
+    "none": jax.checkpoint_policies.everything_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
 }
 
 
 class KVCache(NamedTuple):
     """Keys and values of all layers, and which slots hold a token that may be seen."""
 
-    k: jax.Array  # [L, B, S, K, D]
-    v: jax.Array  # [L, B, S, K, D]
+    k: tuple[jax.Array, ...]  # a layer each: [B, K, S, D], the order in which attention reads them
+    v: tuple[jax.Array, ...]
     seen: jax.Array  # [B, S] bool
 
 
-def empty_cache(size: DecoderSize, batch: int, slots: int, dtype: jnp.dtype = jnp.float32) -> KVCache:
-    """A cache with room for `slots` tokens a row and nothing in it."""
-    shape = (size.num_layers, batch, slots, size.num_kv_heads, size.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch, slots), bool))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned scale, computed in float32."""
-
-    eps: float
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., D] to [..., D]."""
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (normed * scale).astype(x.dtype)
-
-
-def _dense(features: int, name: str, dtype: jnp.dtype, gain: float = 1.0) -> nn.Dense:
-    init = nn.initializers.variance_scaling(gain, "fan_in", "normal")
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=init, name=name)
-
-
 class Block(nn.Module):
-    """One pre-norm decoder layer; the body of the scan over layers."""
+    """One pre-norm decoder layer."""
 
     size: DecoderSize
     dtype: jnp.dtype
+    attention: str = "xla"
 
-    @nn.compact
-    def __call__(
+    def setup(self) -> None:
+        """Declare the parameters."""
+        size = self.size
+        kv_width, bias = size.num_kv_heads * size.head_dim, size.family == "qwen2"
+        # Keeps the variance of the residual stream at 1 for any depth.
+        residual = nn.initializers.variance_scaling(0.5 / size.num_layers, "fan_in", "normal")
+
+        def linear(features: int, axes: Axes, use_bias: bool = False, **options: Any) -> Linear:
+            return Linear(features, self.dtype, axes, use_bias, **options)
+
+        self.attention_norm = RMSNorm(size.norm_eps)
+        self.q = linear(size.num_heads * size.head_dim, ("heads", "embed"), bias)
+        self.k = linear(kv_width, ("kv_heads", "embed"), bias)
+        self.v = linear(kv_width, ("kv_heads", "embed"), bias)
+        self.o = linear(size.width, ("embed", "heads"), weight_init=residual)
+        if size.family == "qwen3":
+            self.q_norm, self.k_norm = RMSNorm(size.norm_eps), RMSNorm(size.norm_eps)
+        self.mlp_norm = RMSNorm(size.norm_eps)
+        self.gate = linear(size.mlp_width, ("mlp", "embed"))
+        self.up = linear(size.mlp_width, ("mlp", "embed"))
+        self.down = linear(size.width, ("embed", "mlp"), weight_init=residual)
+
+    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, None]:
+        """x [B, T, D] behind one more layer; causal inside each segment. The None is for the scan."""
+        return self.prefill(x, positions, segment_ids)[0], None
+
+    def prefill(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """As `__call__`, and the keys and values [B, K, T, D] for the cache."""
+        q, k, v = self._heads(x, positions)
+        mixed = attend(q, k, v, causal=True, segment_ids=segment_ids, backend=self.attention)
+        return self._finish(x, mixed), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    def extend(
         self,
         x: jax.Array,
-        cache: tuple[jax.Array, jax.Array] | None,
+        cache: tuple[jax.Array, jax.Array],
         positions: jax.Array,
         mask: jax.Array,
-        slot: jax.Array | int,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """x [B, T, D]; with a cache, keys and values are written at `slot` and all slots are attended."""
+        slot: jax.Array,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Keys and values of x [B, T, D] are written at `slot`; all slots are attended under `mask`."""
+        q, *new = self._heads(x, positions)
+        k, v = (
+            jax.lax.dynamic_update_slice(old, heads.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0))
+            for old, heads in zip(cache, new, strict=True)
+        )
+        mixed = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+        return self._finish(x, mixed), (k, v)
+
+    def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Rotated queries [B, T, H, D] and keys, and values, [B, T, K, D]."""
         size = self.size
-        batch, length, _ = x.shape
-        kv_width = size.num_kv_heads * size.head_dim
-        h = RMSNorm(size.norm_eps, name="attention_norm")(x)
-        q = _dense(size.width, "q", self.dtype)(h).reshape(batch, length, size.num_heads, size.head_dim)
-        k = _dense(kv_width, "k", self.dtype)(h).reshape(batch, length, size.num_kv_heads, size.head_dim)
-        v = _dense(kv_width, "v", self.dtype)(h).reshape(batch, length, size.num_kv_heads, size.head_dim)
-        q, k = rotate(q, positions, size.rope_theta), rotate(k, positions, size.rope_theta)
-        if cache is not None:
-            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, slot, 0, 0))
-            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, slot, 0, 0))
-            cache = (k, v)
-        mixed = attend(q, k, v, mask).reshape(batch, length, size.width)
-        gain = 0.5 / size.num_layers  # keeps the residual stream's variance at 1 for any depth
-        x = x + _dense(size.width, "o", self.dtype, gain)(mixed)
-        h = RMSNorm(size.norm_eps, name="mlp_norm")(x)
-        gate = nn.silu(_dense(size.mlp_width, "gate", self.dtype)(h))
-        h = gate * _dense(size.mlp_width, "up", self.dtype)(h)
-        x = x + _dense(size.width, "down", self.dtype, gain)(h)
-        return x, cache
+        h = self.attention_norm(x)
+        q, k, v = (layer(h).reshape(*x.shape[:2], -1, size.head_dim) for layer in (self.q, self.k, self.v))
+        if size.family == "qwen3":
+            q, k = self.q_norm(q), self.k_norm(k)
+        return rotate(q, positions, size.rope_theta), rotate(k, positions, size.rope_theta), v
+
+    def _finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        x = x + self.o(mixed.reshape(*x.shape[:2], -1))
+        h = self.mlp_norm(x)
+        return x + self.down(nn.silu(self.gate(h)) * self.up(h))
 
 
 class Decoder(nn.Module):
-    """Embeddings, scanned layers, final norm, tied head.
+    """Embeddings, layers, final norm, head.
 
     Positions and segments are explicit, so that packed rows, padded rows and cached decoding are one
-    code path.
+    code path. Two layouts of the same parameters: "scan" stacks those of all layers under `layers` and
+    compiles one layer, for training; "loop" has `layers_0`, `layers_1`, ..., which generation needs: a
+    scan would copy every weight out of its stack for every token. `unstack` leads from one to the other.
     """
 
     size: DecoderSize
     vocab_size: int
     dtype: jnp.dtype = jnp.float32
+    layout: str = "scan"
+    attention: str = "xla"
+    remat: str = "block"
 
     def setup(self) -> None:
         """Declare the parameters."""
-        self.embedding = self.param(
-            "embedding",
-            nn.initializers.normal(self.size.width**-0.5),
-            (self.vocab_size, self.size.width),
-            jnp.float32,
-        )
-        # Recomputing a layer in the backward pass is faster than keeping its intermediates, also on CPU,
-        # where the scan would copy each of them into a stacked array.
-        scan = nn.scan(
-            nn.remat(Block, prevent_cse=False),
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-            length=self.size.num_layers,
-        )
-        self.layers = scan(self.size, self.dtype)
+        table = (self.vocab_size, self.size.width)
+        init = named(nn.initializers.normal(self.size.width**-0.5), ("vocab", "embed"))
+        self.embedding = self.param("embedding", init, table, jnp.float32)
+        if not self.size.tied_embeddings:
+            self.head = self.param("head", init, table, jnp.float32)
+        if self.layout == "scan":
+            scan = nn.scan(
+                nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=nn.broadcast,
+                length=self.size.num_layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            self.layers = scan(self.size, self.dtype, self.attention)
+        elif self.layout == "loop":
+            self.layers = [Block(self.size, self.dtype, self.attention) for _ in range(self.size.num_layers)]
+        else:
+            raise ValueError(f"decoder layout {self.layout}: one of {', '.join(LAYOUTS)}")
         self.final_norm = RMSNorm(self.size.norm_eps)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -156,13 +157,49 @@ class Decoder(nn.Module):
         Returns:
           [B, T, D].
         """
-        x, _ = self.layers(embeddings, None, positions, causal_mask(segment_ids), 0)
+        if self.layout == "loop":
+            return self.hidden_states(embeddings, positions, segment_ids)[-1]
+        x, _ = self.layers(embeddings, positions, segment_ids)
         return self.final_norm(x)
+
+    def hidden_states(
+        self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> list[jax.Array]:
+        """As `__call__`, but all states, in the "loop" layout: entry i < L is the input of layer i.
+
+        The last entry is behind the final norm, as in transformers' `hidden_states`.
+        """
+        states = [embeddings]
+        for layer in self.layers:
+            states.append(layer(states[-1], positions, segment_ids)[0])
+        return [*states[:-1], self.final_norm(states[-1])]
+
+    def prefill(
+        self, embeddings: jax.Array, positions: jax.Array, valid: jax.Array, slots: int
+    ) -> tuple[jax.Array, KVCache]:
+        """Run whole prompts and keep their keys and values. Needs the "loop" layout.
+
+        Args:
+          embeddings: [B, T, D] of right-padded prompts.
+          positions: [B, T] int32.
+          valid: [B, T] bool; False marks padding, which no other token sees.
+          slots: length of the cache, at least T; the prompt takes the first T.
+
+        Returns:
+          Hidden states [B, T, D] after the final norm, and the cache.
+        """
+        x, segment_ids, layers = embeddings, valid.astype(jnp.int32), []
+        free = slots - valid.shape[1]
+        for layer in self.layers:
+            x, new = layer.prefill(x, positions, segment_ids)
+            layers.append(tuple(jnp.pad(heads, ((0, 0), (0, 0), (0, free), (0, 0))) for heads in new))
+        k, v = zip(*layers, strict=True)
+        return self.final_norm(x), KVCache(k, v, jnp.pad(valid, ((0, 0), (0, free))))
 
     def extend(
         self, embeddings: jax.Array, positions: jax.Array, valid: jax.Array, cache: KVCache, slot: jax.Array
     ) -> tuple[jax.Array, KVCache]:
-        """Run T new tokens behind what the cache holds (prefill when it is empty, decode when T = 1).
+        """Run T new tokens behind what the cache holds, usually one. Needs the "loop" layout.
 
         Args:
           embeddings: [B, T, D] of the new tokens.
@@ -179,11 +216,32 @@ class Decoder(nn.Module):
         slots = jnp.arange(cache.seen.shape[1])
         causal = slots[None, :] <= slot + jnp.arange(length)[:, None]
         mask = seen[:, None, :] & causal[None]
-        x, (k, v) = self.layers(embeddings, (cache.k, cache.v), positions, mask, slot)
+        x, layers = embeddings, []
+        for layer, old in zip(self.layers, zip(cache.k, cache.v, strict=True), strict=True):
+            x, new = layer.extend(x, old, positions, mask, slot)
+            layers.append(new)
+        k, v = zip(*layers, strict=True)
         return self.final_norm(x), KVCache(k, v, seen)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Hidden states [..., D] to float32 logits [..., vocab] through the tied embedding."""
+        """Hidden states [..., D] to float32 logits [..., vocab]."""
+        table = self.embedding if self.size.tied_embeddings else self.head
         return jnp.einsum(
-            "...d,vd->...v", hidden, self.embedding.astype(self.dtype), preferred_element_type=jnp.float32
+            "...d,vd->...v", hidden, table.astype(self.dtype), preferred_element_type=jnp.float32
         )
+
+
+def unstack(params: dict[str, Any]) -> dict[str, Any]:
+    """Decoder parameters of the "scan" layout in the "loop" layout."""
+    stacked = params["layers"]
+    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    rest = {name: value for name, value in params.items() if name != "layers"}
+    return rest | {f"layers_{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(num_layers)}
+
+
+def stack(params: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `unstack`."""
+    names = sorted((name for name in params if name.startswith("layers_")), key=lambda name: int(name[7:]))
+    rest = {name: value for name, value in params.items() if name not in names}
+    layers = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(params[name] for name in names))
+    return rest | {"layers": layers}

@@ -1,83 +1,147 @@
-"""SigLIP-type vision transformer: patches in, hidden states of chosen layers out."""
+"""Vision transformers of SigLIP, SigLIP 2 (fixed resolution) and CLIP: hidden states of chosen layers.
+
+SigLIP is arXiv 2303.15343, SigLIP 2 arXiv 2502.14786 (at a fixed resolution the same network), CLIP arXiv
+2103.00020. Everything is computed as transformers' `SiglipVisionModel` and `CLIPVisionModel` compute it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from vlmscale.attention import attend
+from vlmscale.attention import attend, attention_weights
+from vlmscale.layers import LayerNorm, dense, named
+from vlmscale.models.sizes import TowerSize
 
+STYLES = ("siglip", "clip")
 
-@dataclass(frozen=True)
-class TowerSize:
-    """One row of the tower table.
-
-    `select_layer` is the hidden state that compressors read and `levels` are those that multi-level
-    compressors concatenate: 0 is the patch embedding, i the output of block i - 1.
-    """
-
-    image_size: int
-    patch_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    mlp_width: int
-    select_layer: int
-    levels: tuple[int, ...]
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    norm_eps: float = 1e-6
-
-    @property
-    def grid(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        """Patches in all."""
-        return self.grid**2
+_CUBIC = -0.75  # torch's parameter of the cubic kernel; jax.image.resize has -0.5
 
 
-TOWERS: dict[str, TowerSize] = {
-    # The demo's tower; its weights ship with the package (`vlmscale tower` reproduces them).
-    "scenes-48": TowerSize(48, 6, 64, 4, 2, 192, select_layer=4, levels=(1, 2, 3, 4)),
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """OpenAI's approximation of GELU, elementwise: x times sigmoid(1.702 x)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),  # SigLIP; `gelu_pytorch_tanh` in its config
+    "gelu": partial(jax.nn.gelu, approximate=False),  # some CLIP checkpoints that OpenAI did not train
+    "quick_gelu": quick_gelu,  # OpenAI's CLIP
 }
 
 
-class SelfAttention(nn.Module):
+class TowerOutputs(NamedTuple):
+    """What was asked of a tower; T counts CLIP's class token, which is the first.
+
+    `hidden` maps a layer to [B, T, C]: 0 is the input of the first block (CLIP: behind `pre_norm`), i the
+    output of block i - 1. None of them has the final norm, the last one neither. `attention` maps a block
+    to [B, H, T, T], float32 and after the softmax: query by key.
+    """
+
+    hidden: dict[int, jax.Array]
+    attention: dict[int, jax.Array]
+
+
+def patches(hidden: jax.Array, size: TowerSize) -> jax.Array:
+    """Drop the class token, where the tower has one: [B, T, C] to [B, P, C], in raster order."""
+    return hidden[:, size.class_tokens :]
+
+
+def bicubic_weights(source: int, target: int) -> np.ndarray:
+    """One axis of torch's bicubic resize as a matrix: float32 [target, source], rows sum to 1.
+
+    As `interpolate(mode="bicubic", align_corners=False)` without antialias, in float32 as there. Taps that
+    fall outside the axis read its end.
+    """
+    scale = np.float32(source) / np.float32(target)
+    place = scale * (np.arange(target, dtype=np.float32) + np.float32(0.5)) - np.float32(0.5)
+    first = np.floor(place)
+    offsets = np.arange(-1, 3)
+    distance = np.abs((place - first)[:, None] - offsets.astype(np.float32))
+    near = ((_CUBIC + 2) * distance - (_CUBIC + 3)) * distance * distance + 1
+    far = ((_CUBIC * distance - 5 * _CUBIC) * distance + 8 * _CUBIC) * distance - 4 * _CUBIC
+    taps = np.clip(first.astype(int)[:, None] + offsets, 0, source - 1)
+    weights = np.zeros((target, source), np.float32)
+    np.add.at(weights, (np.arange(target)[:, None], taps), np.where(distance <= 1, near, far))
+    return weights
+
+
+def resize_positions(table: jax.Array, rows: int, columns: int) -> jax.Array:
+    """Position embeddings of a square grid for another one: float32 [G * G, C] to [rows * columns, C].
+
+    What transformers' `interpolate_pos_encoding=True` does; the same grid is handed back untouched.
+    """
+    grid, width = round(table.shape[0] ** 0.5), table.shape[1]
+    if (rows, columns) == (grid, grid):
+        return table
+    # Full precision: by default an accelerator multiplies float32 with fewer bits, which torch does not here.
+    product = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    across = product("wh,ghc->gwc", bicubic_weights(grid, columns), table.reshape(grid, grid, width))
+    return product("rg,gwc->rwc", bicubic_weights(grid, rows), across).reshape(rows * columns, width)
+
+
+class Attention(nn.Module):
     """Multi-head attention with biases, as in ViT."""
 
     num_heads: int
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """[B, T, C] queries over [B, S, C] keys (and values) to [B, T, C]."""
+    def __call__(
+        self, queries: jax.Array, keys: jax.Array, mix: bool = True, weigh: bool = False
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """Attend from [B, T, C] to [B, S, C].
+
+        Args:
+          queries: [B, T, C].
+          keys: [B, S, C], the values too.
+          mix: whether the mixed values are wanted; without them `v` and `o` are not declared.
+          weigh: whether the weights are wanted.
+
+        Returns:
+          [B, T, C] or None, and float32 weights [B, H, T, S] or None.
+        """
         width = queries.shape[-1]
 
         def project(x: jax.Array, name: str) -> jax.Array:
-            y = nn.Dense(width, dtype=self.dtype, name=name)(x)
+            y = dense(width, name, self.dtype, ("embed", "heads"))(x)
             return y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads)
 
-        q, k, v = project(queries, "q"), project(keys, "k"), project(keys, "v")
-        return nn.Dense(width, dtype=self.dtype, name="o")(attend(q, k, v, None).reshape(queries.shape))
+        q, k = project(queries, "q"), project(keys, "k")
+        weights = attention_weights(q, k) if weigh else None
+        if not mix:
+            return None, weights
+        mixed = attend(q, k, project(keys, "v"), None).reshape(queries.shape)
+        return dense(width, "o", self.dtype, ("heads", "embed"))(mixed), weights
 
 
 class MLP(nn.Module):
-    """Two dense layers with SigLIP's tanh GELU between."""
+    """Two dense layers with an activation between.
+
+    `activation` is a name from `ACTIVATIONS`.
+    """
 
     mlp_width: int
+    activation: str
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """[..., C] to [..., C]."""
-        h = nn.gelu(nn.Dense(self.mlp_width, dtype=self.dtype, name="up")(x), approximate=True)
-        return nn.Dense(x.shape[-1], dtype=self.dtype, name="down")(h)
+        """[..., C] to [..., C].
+
+        Raises:
+          ValueError: an activation that is not in the table.
+        """
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}; there are {', '.join(ACTIVATIONS)}")
+        h = ACTIVATIONS[self.activation](dense(self.mlp_width, "up", self.dtype, ("embed", "mlp"))(x))
+        return dense(x.shape[-1], "down", self.dtype, ("mlp", "embed"))(h)
 
 
 class EncoderBlock(nn.Module):
@@ -87,49 +151,107 @@ class EncoderBlock(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, P, C] to [B, P, C]."""
-        eps = self.size.norm_eps
-        h = nn.LayerNorm(eps, name="attention_norm")(x).astype(self.dtype)
-        x = x + SelfAttention(self.size.num_heads, self.dtype, name="attention")(h, h)
-        h = nn.LayerNorm(eps, name="mlp_norm")(x).astype(self.dtype)
-        return x + MLP(self.size.mlp_width, self.dtype, name="mlp")(h)
+    def __call__(
+        self, x: jax.Array, run: bool = True, weigh: bool = False
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """Run the block, or only as much of it as its attention weights need.
+
+        Args:
+          x: [B, T, C].
+          run: whether the block's output is wanted; without it only `attention_norm` and the projections
+            to queries and keys are declared.
+          weigh: whether the attention weights are wanted.
+
+        Returns:
+          [B, T, C] or None, and float32 weights [B, H, T, T] or None.
+        """
+        size = self.size
+        h = LayerNorm(size.norm_eps, self.dtype, name="attention_norm")(x)
+        mixed, weights = Attention(size.num_heads, self.dtype, name="attention")(h, h, run, weigh)
+        if mixed is None:
+            return None, weights
+        x = x + mixed
+        h = LayerNorm(size.norm_eps, self.dtype, name="mlp_norm")(x)
+        return x + MLP(size.mlp_width, size.activation, self.dtype, name="mlp")(h), weights
 
 
 class VisionTower(nn.Module):
-    """A ViT that returns the hidden states asked for; blocks behind the last of them are not run."""
+    """A ViT that returns the hidden states and attention weights asked for.
+
+    Blocks that none of them needs are neither run nor declared. The residual stream is in `dtype`; norms,
+    softmax and the resizing of positions are float32.
+    """
 
     size: TowerSize
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, images: jax.Array, layers: tuple[int, ...]) -> dict[int, jax.Array]:
-        """Hidden states by layer number.
+    def __call__(
+        self, images: jax.Array, layers: tuple[int, ...], attention_layers: tuple[int, ...] = ()
+    ) -> TowerOutputs:
+        """Hidden states by layer and attention weights by block.
 
         Args:
-          images: [B, S, S, 3] normalised pixels.
-          layers: which hidden states; 0 is the patch embedding. None of them has the final norm.
+          images: [B, H, W, 3] normalised pixels. For another resolution than the size's own, also one that
+            is not square, position embeddings are interpolated. Pixels at the right and lower edge that do
+            not fill a patch are cut off.
+          layers: which hidden states, 0 to num_layers.
+          attention_layers: the attention of which blocks, 0 to num_layers - 1.
 
         Returns:
-          {layer: [B, P, C]}.
+          The outputs asked for, and no others.
+
+        Raises:
+          ValueError: images smaller than a patch, no such layer or block, or an unknown style or activation.
         """
         size = self.size
-        batch, grid, patch = images.shape[0], size.grid, size.patch_size
-        patches = images.reshape(batch, grid, patch, grid, patch, 3).swapaxes(2, 3)
-        patches = patches.reshape(batch, size.num_patches, patch * patch * 3)
-        x = nn.Dense(size.width, dtype=self.dtype, name="patch_embedding")(patches)
-        position = self.param(
-            "position_embedding",
-            nn.initializers.normal(size.width**-0.5),
-            (size.num_patches, size.width),
-            jnp.float32,
-        )
-        x = x + position.astype(self.dtype)
-        hidden = {0: x}
-        for index in range(max(layers)):
-            x = EncoderBlock(size, self.dtype, name=f"block_{index}")(x)
+        if size.style not in STYLES:
+            raise ValueError(f"unknown style {size.style!r}; there are {', '.join(STYLES)}")
+        for what, asked, end in (
+            ("layer", layers, size.num_layers),
+            ("attention of block", attention_layers, size.num_layers - 1),
+        ):
+            for index in asked:
+                if not 0 <= index <= end:
+                    raise ValueError(f"no {what} {index}: the tower has 0 to {end}")
+        x = self._embed(images)
+        # Weights of block i need the input of that block, which is hidden state i.
+        deepest = max((*layers, *attention_layers), default=0)
+        hidden, attention = {0: x}, {}
+        for index in range(deepest):
+            x, weights = self._block(index)(x, True, index in attention_layers)
             hidden[index + 1] = x
-        return {layer: hidden[layer] for layer in layers}
+            attention[index] = weights
+        if deepest in attention_layers:
+            _, attention[deepest] = self._block(deepest)(x, False, True)
+        return TowerOutputs({i: hidden[i] for i in layers}, {i: attention[i] for i in attention_layers})
+
+    def _block(self, index: int) -> EncoderBlock:
+        return EncoderBlock(self.size, self.dtype, name=f"block_{index}")
+
+    def _embed(self, images: jax.Array) -> jax.Array:
+        """The input of the first block: [B, H, W, 3] to [B, T, C]."""
+        size = self.size
+        batch, patch, clip = images.shape[0], size.patch_size, size.style == "clip"
+        rows, columns = images.shape[1] // patch, images.shape[2] // patch
+        if not rows * columns:
+            raise ValueError(f"images of {images.shape[1:3]} pixels hold no patch of {patch} x {patch}")
+        pixels = images[:, : rows * patch, : columns * patch]
+        pixels = pixels.reshape(batch, rows, patch, columns, patch, 3).swapaxes(2, 3)
+        pixels = pixels.reshape(batch, rows * columns, patch * patch * 3)
+        embed = dense(size.width, "patch_embedding", self.dtype, ("patch", "embed"), use_bias=not clip)
+        x = embed(pixels)
+        init = nn.initializers.normal(size.width**-0.5)
+        shape = (size.class_tokens + size.num_patches, size.width)
+        table = self.param("position_embedding", named(init, ("position", "embed")), shape, jnp.float32)
+        position = resize_positions(table[size.class_tokens :], rows, columns)
+        if not clip:
+            return x + position.astype(self.dtype)
+        token = self.param("class_embedding", named(init, ("embed",)), (size.width,), jnp.float32)
+        first = jnp.broadcast_to(token.astype(self.dtype), (batch, 1, size.width))
+        position = jnp.concatenate([table[:1], position])  # the class token's is of no place: as it is
+        x = jnp.concatenate([first, x], axis=1) + position.astype(self.dtype)
+        return LayerNorm(size.norm_eps, self.dtype, name="pre_norm")(x)
 
 
 class AttentionPool(nn.Module):
@@ -142,9 +264,10 @@ class AttentionPool(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Last hidden state [B, P, C] to the image embedding [B, C]; applies the final norm first."""
         size = self.size
-        x = nn.LayerNorm(size.norm_eps, name="final_norm")(x).astype(self.dtype)
-        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, size.width), jnp.float32)
+        x = LayerNorm(size.norm_eps, self.dtype, name="final_norm")(x)
+        init = named(nn.initializers.xavier_uniform(), (None, None, "embed"))
+        probe = self.param("probe", init, (1, 1, size.width), jnp.float32)
         queries = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, size.width))
-        pooled = SelfAttention(size.num_heads, self.dtype, name="attention")(queries, x)
-        h = nn.LayerNorm(size.norm_eps, name="mlp_norm")(pooled).astype(self.dtype)
-        return (pooled + MLP(size.mlp_width, self.dtype, name="mlp")(h))[:, 0]
+        pooled, _ = Attention(size.num_heads, self.dtype, name="attention")(queries, x)
+        h = LayerNorm(size.norm_eps, self.dtype, name="mlp_norm")(pooled)
+        return (pooled + MLP(size.mlp_width, size.activation, self.dtype, name="mlp")(h))[:, 0]

@@ -7,24 +7,33 @@ import jax
 import jax.numpy as jnp
 
 from vlmscale.compressors import COMPRESSORS, Features
-from vlmscale.models.decoder import Decoder, DecoderSize, KVCache
+from vlmscale.models.decoder import Decoder, KVCache
+from vlmscale.models.sizes import DecoderSize
 
 
 class VLM(nn.Module):
-    """Everything behind the frozen tower. `visual_tokens` = 0 is the blind model: no compressor at all."""
+    """Everything behind the frozen tower. `visual_tokens` = 0 is the blind model: no compressor at all.
+
+    `layout`, `attention` and `remat` are the decoder's: "scan" to train, "loop" to generate.
+    """
 
     decoder_size: DecoderSize
     vocab_size: int
     compressor_name: str
     visual_tokens: int
     dtype: jnp.dtype = jnp.float32
+    layout: str = "scan"
+    attention: str = "xla"
+    remat: str = "block"
 
     def setup(self) -> None:
         """Declare the parts."""
-        self.decoder = Decoder(self.decoder_size, self.vocab_size, self.dtype)
+        self.decoder = Decoder(
+            self.decoder_size, self.vocab_size, self.dtype, self.layout, self.attention, self.remat
+        )
         if self.visual_tokens:
             method = COMPRESSORS[self.compressor_name]
-            self.compressor = method.build(self.visual_tokens, self.decoder_size.width)
+            self.compressor = method.build(self.visual_tokens, self.decoder_size.width, dtype=self.dtype)
 
     def embed(self, tokens: jax.Array, image_slots: jax.Array, features: Features | None) -> jax.Array:
         """Token embeddings with the visual tokens in their slots.
@@ -65,9 +74,9 @@ class VLM(nn.Module):
         positions: jax.Array,
         valid: jax.Array,
         features: Features | None,
-        cache: KVCache,
+        slots: int,
     ) -> tuple[jax.Array, KVCache]:
-        """Run the prompts into an empty cache.
+        """Run the prompts into a new cache. Needs the "loop" layout, as `decode` does.
 
         Args:
           tokens: [B, T] int32, right-padded prompts.
@@ -75,13 +84,13 @@ class VLM(nn.Module):
           positions: [B, T] int32.
           valid: [B, T] bool, False where there is padding.
           features: tower outputs; None for a blind model.
-          cache: an empty cache with at least T slots.
+          slots: length of the cache: T and the tokens to come.
 
         Returns:
           Float32 logits [B, vocab] behind each prompt's last token, and the cache.
         """
         embeddings = self.embed(tokens, image_slots, features)
-        hidden, cache = self.decoder.extend(embeddings, positions, valid, cache, jnp.int32(0))
+        hidden, cache = self.decoder.prefill(embeddings, positions, valid, slots)
         last = jnp.sum(valid, axis=1) - 1
         return self.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
 

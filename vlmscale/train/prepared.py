@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,7 +27,9 @@ from vlmscale.data.records import Quarantined, Record, write_quarantine
 from vlmscale.data.splits import Split, Splits, load_splits, read_records, texts, write_records
 from vlmscale.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmscale.errors import UserError
-from vlmscale.models.vision import TOWERS, VisionTower
+from vlmscale.layers import abstract_params
+from vlmscale.models.sizes import TOWERS
+from vlmscale.models.vision import VisionTower, patches
 from vlmscale.records import write_json
 from vlmscale.weights import tree
 
@@ -89,19 +92,19 @@ def load_tower(path: Path, name: str) -> dict[str, Any]:
     params = tree.load(path)
     size = TOWERS[name]
     image = jax.ShapeDtypeStruct((1, size.image_size, size.image_size, 3), jnp.float32)
-    layers = (size.num_layers,)
-    abstract = jax.eval_shape(lambda key, x: VisionTower(size).init(key, x, layers), jax.random.key(0), image)
-    tree.check_shapes(path, params, abstract["params"])
+    abstract = abstract_params(VisionTower(size), image, layers=(size.num_layers,))
+    tree.check_shapes(path, params, nn.meta.unbox(abstract))
     return params
 
 
 def encode_images(
     name: str, params: dict[str, Any], pixels: jax.Array, with_levels: bool
 ) -> dict[str, jax.Array]:
-    """Tower outputs of a batch of pixels [B, S, S, 3]: "selected" and, if asked, "levels"."""
+    """Tower outputs of a batch of pixels [B, S, S, 3]: "selected" and, if asked, "levels"; patches only."""
     size = TOWERS[name]
     wanted = {size.select_layer} | (set(size.levels) if with_levels else set())
-    hidden = VisionTower(size).apply({"params": params}, pixels, tuple(sorted(wanted)))
+    outputs = VisionTower(size).apply({"params": params}, pixels, tuple(sorted(wanted)))
+    hidden = {layer: patches(values, size) for layer, values in outputs.hidden.items()}
     out = {"selected": hidden[size.select_layer]}
     if with_levels:
         out["levels"] = jnp.concatenate([hidden[level] for level in size.levels], axis=-1)

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from vlmscale import layers
 from vlmscale.compressors import Features
 from vlmscale.config import Cell, TrainConfig
-from vlmscale.models.decoder import SIZES
+from vlmscale.models.sizes import SIZES
 from vlmscale.models.vlm import VLM
 
 Params = dict[str, Any]
@@ -26,9 +27,10 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def build_model(cell: Cell, vocab_size: int) -> VLM:
-    """The model of a cell, behind the tower."""
-    return VLM(SIZES[cell.llm.name], vocab_size, cell.compressor.name, cell.compressor.visual_tokens)
+def build_model(cell: Cell, vocab_size: int, layout: str = "scan") -> VLM:
+    """The model of a cell, behind the tower; `layout` is the decoder's."""
+    compressor = cell.compressor
+    return VLM(SIZES[cell.llm.name], vocab_size, compressor.name, compressor.visual_tokens, layout=layout)
 
 
 def features_of(batch: Arrays) -> Features | None:
@@ -46,7 +48,7 @@ def model_inputs(batch: Arrays) -> tuple[Any, ...]:
 
 def init_params(model: VLM, batch: Arrays, seed: int) -> Params:
     """Fresh parameters; `batch` gives shapes only."""
-    return model.init(jax.random.key(seed), *model_inputs(batch))["params"]
+    return layers.init_params(model, jax.random.key(seed), *model_inputs(batch))
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:

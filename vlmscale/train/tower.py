@@ -20,8 +20,10 @@ import optax
 from vlmscale.data import scenes
 from vlmscale.data.images import preprocess
 from vlmscale.data.tokenizer import END, special_id, train_tokenizer
-from vlmscale.models.decoder import SIZES, Decoder
-from vlmscale.models.vision import TOWERS, AttentionPool, TowerSize, VisionTower
+from vlmscale.layers import init_params
+from vlmscale.models.decoder import Decoder
+from vlmscale.models.sizes import SIZES, TOWERS, TowerSize
+from vlmscale.models.vision import AttentionPool, VisionTower
 from vlmscale.weights import tree
 
 NAME = "scenes-48"
@@ -92,7 +94,7 @@ class TowerTrainer(nn.Module):
     def __call__(self, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Losses of a batch of pixels [B, S, S, 3], text [B, T], text_length [B] and layout [B, words]."""
         layer = self.size.num_layers
-        patches = self.tower(batch["pixels"], (layer,))[layer]
+        patches = self.tower(batch["pixels"], (layer,)).hidden[layer]
         image = _unit(self.pool(patches))
         rows, length = batch["text"].shape
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
@@ -138,7 +140,7 @@ def _centre(params: Any, size: TowerSize, pixels: np.ndarray) -> Any:
     many patches still tells.
     """
     layer = size.num_layers
-    mean = VisionTower(size).apply({"params": params}, pixels, (layer,))[layer].mean((0, 1))
+    mean = VisionTower(size).apply({"params": params}, pixels, (layer,)).hidden[layer].mean((0, 1))
     last = dict(params[f"block_{layer - 1}"])
     down = dict(last["mlp"]["down"])
     last["mlp"] = dict(last["mlp"]) | {"down": down | {"bias": down["bias"] - mean}}
@@ -188,7 +190,7 @@ def train_tower(out: Path, steps: int | None, progress: Callable[[int, int, str]
         ]
         return chosen | {"pixels": np.stack(pixels)}
 
-    params = jax.jit(lambda b: trainer.init(jax.random.key(recipe.seed), b)["params"])(batch())
+    params = jax.jit(lambda b: init_params(trainer, jax.random.key(recipe.seed), b))(batch())
     state, losses = (params, optimizer.init(params)), {}
     for index in range(recipe.steps):
         state, losses = step(state, batch())

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from vlmscale.errors import UserError
+from vlmscale.weights.checkpoint import write_file
 
 Tree = Mapping[str, Any]
 
@@ -27,8 +28,7 @@ def flatten(params: Tree) -> dict[str, np.ndarray]:
 
 def save(path: Path, params: Tree, metadata: dict[str, str]) -> None:
     """Write a safetensors file; its bytes depend on nothing but the arguments."""
-    arrays = {name: np.ascontiguousarray(array) for name, array in sorted(flatten(params).items())}
-    save_file(arrays, str(path), metadata=metadata)
+    write_file(path, dict(sorted(flatten(params).items())), metadata)
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -1,0 +1,158 @@
+"""Tiny random models made with transformers, saved as a user would find them on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from vlmscale.models.sizes import DecoderSize
+from vlmscale.sharding import make_mesh
+from vlmscale.weights.directory import load_directory
+from vlmscale.weights.load import Report
+
+VOCAB = 61
+# Neither theta nor eps is a default of either side, so that a forgotten one shows.
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "rms_norm_eps": 1e-3,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+    "pad_token_id": 0,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-grouped-tied": ("Llama", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llama-plain-untied": ("Llama", {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "qwen2-plain-tied": ("Qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "qwen2-grouped-untied": ("Qwen2", {"num_key_value_heads": 1, "tie_word_embeddings": False}),
+    "qwen3-grouped-tied": (
+        "Qwen3",
+        {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+    ),
+    "qwen3-grouped-untied": (
+        "Qwen3",
+        {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False},
+    ),
+}
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random biases and norm scales too: at 0 and 1, where they start, a missing one would not show."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = "norm" in name and name.endswith("weight")
+            parameter.normal_(1.0 if scale else 0.0, 0.2 if scale else 0.15)
+    return model.eval()
+
+
+def make_decoder(name: str, **changes: Any) -> torch.nn.Module:
+    """A tiny decoder of the table above."""
+    family, options = DECODERS[name]
+    config = getattr(transformers, f"{family}Config")(**(COMMON | options | changes))
+    return randomise(getattr(transformers, f"{family}ForCausalLM")(config))
+
+
+def load_decoder(
+    directory: Path, layout: str = "scan", mesh: jax.sharding.Mesh | None = None
+) -> tuple[DecoderSize, dict[str, Any], Report]:
+    """A directory's decoder through the real reader: size, parameters, report."""
+    mesh = mesh or make_mesh(devices=jax.devices()[:1])
+    described, params, report = load_directory(directory, mesh, layout=layout)
+    assert described.decoder is not None
+    return described.decoder, params, report
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A byte-level BPE as Qwen's, trained on a few lines, with an image token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<pad>", "<end>", "<image>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["USER: what is this thing? ASSISTANT: a longer one, so yes"] * 3, trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        eos_token="<end>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+
+
+_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-3,
+}
+# Tower, decoder, the layer that is read, whether CLIP's class token is kept, whether the head is tied.
+LLAVAS: dict[str, tuple[str, str, int, str, bool]] = {
+    "clip-llama": ("CLIP", "llama-plain-untied", -2, "default", False),
+    "siglip-qwen2": ("Siglip", "qwen2-plain-tied", -1, "full", True),
+    "clip-qwen3-class-token": ("CLIP", "qwen3-grouped-untied", 1, "full", False),
+}
+
+
+def make_llava(name: str) -> transformers.LlavaForConditionalGeneration:
+    """A tiny LLaVA of the table above; 60 pixels hold 4 x 4 patches of 14 and a rest."""
+    tower, decoder, layer, strategy, tied = LLAVAS[name]
+    family, options = DECODERS[decoder]
+    vocab = {"vocab_size": 320, "pad_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 512}
+    text = getattr(transformers, f"{family}Config")(**(COMMON | options | vocab))
+    vision = getattr(transformers, f"{tower}VisionConfig")(**_TOWER, image_size=60)
+    config = transformers.LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=2,
+        vision_feature_layer=layer,
+        vision_feature_select_strategy=strategy,
+        tie_word_embeddings=tied,
+    )
+    return randomise(transformers.LlavaForConditionalGeneration(config))
+
+
+def save_llava(name: str, directory: Path) -> transformers.LlavaForConditionalGeneration:
+    """A whole directory: weights, tokenizer, image processor, generation config."""
+    model = make_llava(name)
+    tower, _, _, strategy, _ = LLAVAS[name]
+    square = {"height": 60, "width": 60}
+    images = (
+        transformers.CLIPImageProcessorPil(size={"shortest_edge": 60}, crop_size=square)
+        if tower == "CLIP"
+        else transformers.SiglipImageProcessorPil(size=square)
+    )
+    processor = transformers.LlavaProcessor(
+        image_processor=images,
+        tokenizer=make_tokenizer(),
+        patch_size=14,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(tower == "CLIP"),
+        image_token="<image>",
+    )
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return model
+
+
+def save_decoder(name: str, directory: Path) -> tuple[torch.nn.Module, transformers.PreTrainedTokenizerFast]:
+    """A decoder with a tokenizer beside it."""
+    model, tokenizer = make_decoder(name, vocab_size=320, eos_token_id=1), make_tokenizer()
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return model, tokenizer
