@@ -32,7 +32,15 @@ def measure(name: str, batch: int, options: argparse.Namespace, limits: dict[str
     ids = peer.random_ids(size, batch, options.prompt)
     tokens = torch.tensor(ids, device=device)
     mask = torch.ones_like(tokens)
-    model = VLM(size, size.vocab_size, "mlp", 0, dtype=peer.DTYPES[options.dtype][0], layout="loop")
+    model = VLM(
+        size,
+        size.vocab_size,
+        "mlp",
+        0,
+        dtype=peer.DTYPES[options.dtype][0],
+        layout="loop",
+        attention=options.attention,
+    )
     inputs = pad_prompts(ids.tolist(), -1, 0, options.prompt)
     inputs = jax.device_put(inputs)
     generate = {count: make_generate(model, count, ()) for count in (1, options.new + 1)}
@@ -90,6 +98,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=None, help="fewer layers than the size has")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens behind the first")
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="of the prefill")
     parser.add_argument("--dtype", choices=peer.DTYPES, default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")

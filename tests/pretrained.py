@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+import pytest
 import torch
 import transformers
+from flax.traverse_util import flatten_dict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from vlmscale.cli import main
 from vlmscale.models.sizes import DecoderSize
 from vlmscale.sharding import make_mesh
+from vlmscale.weights.checkpoint import open_checkpoint, write_checkpoint
 from vlmscale.weights.directory import load_directory
 from vlmscale.weights.load import Report
+
+Arrays = dict[str, np.ndarray]
+Saved = Callable[[str], tuple[Path, Any]]
 
 VOCAB = 61
 # Neither theta nor eps is a default of either side, so that a forgotten one shows.
@@ -156,3 +168,84 @@ def save_decoder(name: str, directory: Path) -> tuple[torch.nn.Module, transform
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return model, tokenizer
+
+
+TOWERS = ("CLIP", "Siglip")
+
+
+def save_tower(name: str, directory: Path, text: bool = False) -> torch.nn.Module:
+    """A bare vision tower, or the whole two-tower model that it is half of."""
+    vision = getattr(transformers, f"{name}VisionConfig")(**_TOWER, image_size=60)
+    if text:
+        ids = {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        sizes = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1, "num_attention_heads": 4}
+        config = getattr(transformers, f"{name}Config")(
+            vision_config=vision.to_dict(), text_config=ids | sizes
+        )
+        model = getattr(transformers, f"{name}Model")(config)
+    else:
+        model = getattr(transformers, f"{name}VisionModel")(vision)
+    model = randomise(model)
+    model.save_pretrained(directory)
+    return model
+
+
+def saver(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """What saves a tiny model of either table once: its directory, tokenizer and all, and their model."""
+
+    @functools.cache
+    def of(name: str) -> tuple[Path, Any]:
+        directory = tmp_path_factory.mktemp(name)
+        if name in LLAVAS:
+            return directory, save_llava(name, directory)
+        return directory, save_decoder(name, directory)[0]
+
+    return of
+
+
+def one_device() -> jax.sharding.Mesh:
+    """A mesh of the first device."""
+    return make_mesh(devices=jax.devices()[:1])
+
+
+def tensors_of(directory: Path) -> Arrays:
+    """All tensors of a directory, by their names."""
+    with open_checkpoint(directory) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint.tensors}
+
+
+def rewrite(source: Path, out: Path, tensors: Arrays, **config: Any) -> Path:
+    """The directory with other tensors, and with changes to its config.json."""
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*"))
+    write_checkpoint(out, tensors.items())
+    changed = json.loads((out / "config.json").read_text()) | config
+    (out / "config.json").write_text(json.dumps(changed))
+    return out
+
+
+def refused(directory: Path, capsys: Any) -> str:
+    """What the command says of a directory."""
+    capsys.readouterr()
+    code = main(["generate", "--model", str(directory), "--prompt", "what", "--max-new-tokens", "2"])
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    said = [line for line in err.splitlines() if line.startswith("vlmscale generate:")]
+    assert len(said) == 1
+    assert [line for line in err.splitlines() if line not in said and "loading parameters" not in line] == []
+    assert str(directory) in said[0]
+    return said[0]
+
+
+def by_path(params: Any) -> Arrays:
+    """Parameters by path, on the host."""
+    return {path: np.asarray(leaf) for path, leaf in flatten_dict(params, sep="/").items()}
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """The same paths, and the same bits at each."""
+    ours, theirs = by_path(ours), by_path(theirs)
+    assert ours.keys() == theirs.keys()
+    for path, value in theirs.items():
+        assert ours[path].dtype == value.dtype, path
+        np.testing.assert_array_equal(ours[path], value, err_msg=path)

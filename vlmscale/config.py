@@ -9,8 +9,10 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import runpy
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +29,11 @@ from vlmscale.models.sizes import SIZES, TOWERS
 _BYSTANDER = {"changes_result": False}
 # A field with this metadata names a file; its content, not its path, goes into the cell id.
 _CONTENT = {"content": True}
+# The same of a field that may also name a directory in Hugging Face layout.
+_CONTENT_OR_DIRECTORY = _CONTENT | {"directory": True}
+SHIPPED_TOWERS = ("scenes-48",)
+_RACY_NS = 2_000_000_000  # nanoseconds; more than a tick of any file system's clock
+_digests: dict[tuple[int, ...], str] = {}  # of files by what the system says of them
 
 
 @dataclass
@@ -35,8 +42,8 @@ class TowerConfig:
 
     name: str = "scenes-48"
     # "shipped" is the demo's tower of the package; anything else is a safetensors file such as
-    # `vlmscale tower` writes.
-    checkpoint: str = field(default="shipped", metadata=_CONTENT)
+    # `vlmscale tower` writes, or a directory in Hugging Face layout: a CLIP or SigLIP, or a LLaVA with one.
+    checkpoint: str = field(default="shipped", metadata=_CONTENT_OR_DIRECTORY)
 
 
 @dataclass
@@ -214,6 +221,7 @@ def validate(cell: Cell) -> None:
     _one_of("data.source", cell.data.source, ("scenes", "llava"))
     _one_of("data.image_mode", cell.data.image_mode, ("resize", "pad", "crop"))
     _one_of("evaluate.history", cell.evaluate.history, ("none", "gold"))
+    _check_weights(cell.tower)
     if cell.compressor.visual_tokens:
         check_count(cell.compressor.name, cell.compressor.visual_tokens, TOWERS[cell.tower.name].grid)
     if cell.data.source == "llava" and not cell.data.records:
@@ -246,6 +254,17 @@ def validate(cell: Cell) -> None:
         )
 
 
+def _check_weights(tower: TowerConfig) -> None:
+    advice = "name a Hugging Face directory or a safetensors file with --config.tower.checkpoint=PATH"
+    if not tower.checkpoint:
+        raise UserError(f"tower.checkpoint is empty; {advice}")
+    if tower.checkpoint == "shipped" and tower.name not in SHIPPED_TOWERS:
+        raise UserError(
+            f"tower.name={tower.name}: the package ships only the weights of {', '.join(SHIPPED_TOWERS)}; "
+            f"{advice}"
+        )
+
+
 def _one_of(key: str, value: str, known: Any) -> None:
     if value not in known:
         near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.0)[0]
@@ -266,10 +285,10 @@ def from_dict(values: dict[str, Any]) -> Cell:
 def cell_id(cell: Cell) -> str:
     """Hash of everything that changes the result and nothing else: 12 hex digits.
 
-    Files count by content, so that a moved or copied file leaves the id alone.
+    Files and directories count by content, so that a moved or copied one leaves the id alone.
 
     Raises:
-      UserError: a named file cannot be read.
+      UserError: a named file or directory cannot be read.
     """
     parts = identity(cell)
     if not cell.compressor.visual_tokens:
@@ -278,25 +297,62 @@ def cell_id(cell: Cell) -> str:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """Every field that changes a result, by dotted name; a file stands for its content.
+    """Every field that changes a result, by dotted name; a file or directory stands for its content.
 
     Raises:
-      UserError: a named file cannot be read.
+      UserError: a named file or directory cannot be read.
     """
     return {
-        name: _content(name, value) if metadata.get("content") else value
+        name: _content(name, value, metadata) if metadata.get("content") else value
         for name, value, metadata in leaves(config)
         if metadata.get("changes_result", True)
     }
 
 
-def _content(name: str, value: str) -> str:
+def _content(name: str, value: str, metadata: Any) -> str:
     if value in ("", "shipped"):
         return value
+    return content_sha256(name, Path(value), metadata.get("directory", False))
+
+
+def content_sha256(name: str, path: Path, directory: bool) -> str:
+    """Hash of what a field's path holds; a large file is read once in the life of the process.
+
+    Args:
+      name: of the field, for messages.
+      path: of a file, or of a directory in Hugging Face layout, whose config.json and safetensors files count
+        in the order of their names; other files and the names themselves do not.
+      directory: whether it may be a directory.
+
+    Raises:
+      UserError: it cannot be read, or a directory has no config.json.
+    """
     try:
-        return hashlib.sha256(Path(value).read_bytes()).hexdigest()
+        if not directory or not path.is_dir():
+            return _file_sha256(path)
+        config = path / "config.json"
+        if not config.is_file():
+            raise UserError(
+                f"{name}={path}: has no config.json; name a directory that a model was downloaded or saved to"
+            )
+        files = [config, *sorted(path.glob("*.safetensors"))]
+        return hashlib.sha256("".join(map(_file_sha256, files)).encode()).hexdigest()
     except OSError as error:
-        raise UserError(f"{name}={value}: {error.strerror or error}") from error
+        raise UserError(f"{name}={path}: {error.strerror or error}") from error
+
+
+def _file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        about = os.fstat(file.fileno())
+        stamp = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+        if stamp in _digests:
+            return _digests[stamp]
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    # A file may change again within one tick of its clock, and no stamp would show it: only what has rested
+    # for a while is remembered.
+    if time.time_ns() - about.st_mtime_ns > _RACY_NS:
+        _digests[stamp] = digest
+    return digest
 
 
 def load_sweep(path: str, overrides: Sequence[str]) -> Sweep:

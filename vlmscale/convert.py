@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from vlmscale import model_card
 from vlmscale.data.processor import CONFIG as IMAGES
-from vlmscale.data.processor import NESTED, ImageProcessor, processor_config, read_processor
-from vlmscale.data.tokenizer import tokenizer_files
+from vlmscale.data.processor import NESTED, ImageProcessor, processor_config
+from vlmscale.data.tokenizer import IMAGE, tokenizer_files
 from vlmscale.errors import UserError
 from vlmscale.evaluate.runner import LoadedRun
-from vlmscale.models.sizes import SIZES, TOWERS
+from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize
+from vlmscale.records import read_json
 from vlmscale.train.prepared import load_tower
 from vlmscale.weights import export, hf_config, tree
-from vlmscale.weights.checkpoint import Checkpoint, open_checkpoint, write_file
+from vlmscale.weights.checkpoint import Checkpoint, open_checkpoint
 from vlmscale.weights.directory import Description, describe
 from vlmscale.weights.load import Report, Source, account_for
 
 Files = dict[str, dict[str, Any] | str | Path]
 
 COMPRESSOR = "compressor.safetensors"
-# What a directory holds beside weights and config.json, for text and for all. Of a chat or a licence too:
-# README.md is the model card, or says how pooling is added.
+# What is copied beside weights and config.json. README.md is the model card, or says how pooling is added.
 _TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -82,9 +84,7 @@ def convert_directory(model: Path, out: Path, part: str, dtype: str | None) -> t
         return report, export.write_directory(out, config, tensors, files, kind)
 
 
-def _part(
-    checkpoint: Checkpoint, described: Description, part: str
-) -> tuple[dict[str, Any], dict[str, str]]:
+def _part(checkpoint: Checkpoint, described: Description, part: str) -> tuple[dict[str, Any], dict[str, str]]:
     """The config.json of a part, and its tensors: names there and in the checkpoint.
 
     Raises:
@@ -146,9 +146,8 @@ def _tower_files(model: Path) -> Files:
     """The preprocessing of pictures; not processor_config.json, whose processor has a tokenizer as well."""
     if (model / IMAGES).is_file():
         return {IMAGES: model / IMAGES}
-    if (model / NESTED).is_file():
-        return {IMAGES: processor_config(read_processor(model))}
-    return {}
+    nested = read_json(model / NESTED) if (model / NESTED).is_file() else {}
+    return {IMAGES: nested["image_processor"]} if "image_processor" in nested else {}
 
 
 def export_run(run: LoadedRun, out: Path, dtype: str | None) -> list[Path]:
@@ -158,9 +157,9 @@ def export_run(run: LoadedRun, out: Path, dtype: str | None) -> list[Path]:
     no place in it: then `out/llm` and `out/tower` are directories of their own and
     `out/compressor.safetensors` holds the rest under our names. A blind run is its LLM alone.
 
-    The run's own tokenizer comes with it. In a directory whose config.json says model_type qwen2,
-    transformers 5 would make it a Qwen2Tokenizer, whose ids differ (see `tokenizer_files`): `out/llm` and
-    the blind LLM of a Qwen2 size are read right by vlmscale alone. The toy sizes are of the family llama.
+    The run's own tokenizer comes with it. Where a config.json says model_type qwen2, transformers 5 makes
+    any tokenizer a Qwen2Tokenizer, whose ids differ (see `tokenizer_files`): a blind run and `out/llm` of a
+    Qwen2 size need `PreTrainedTokenizerFast.from_pretrained`. The toy sizes are of the family llama.
 
     Args:
       run: trained.
@@ -174,49 +173,79 @@ def export_run(run: LoadedRun, out: Path, dtype: str | None) -> list[Path]:
       UserError: `out` holds weights already, or is a file.
       OSError: the disk is full or read-only.
     """
-    cell, template = run.cell, run.prepared.template
-    kind = np.dtype(jnp.dtype(dtype or "float32"))
     export.refuse_taken(out)
-    size = replace(SIZES[cell.llm.name], vocab_size=run.prepared.tokenizer.get_vocab_size())
+    kind = np.dtype(jnp.dtype(dtype or "float32"))
+    template, compressor = run.prepared.template, run.cell.compressor
+    size = replace(SIZES[run.cell.llm.name], vocab_size=run.prepared.tokenizer.get_vocab_size())
     ends = {"eos_token_id": template.end, "pad_token_id": template.pad}
-    text_files: Files = {**tokenizer_files(run.prepared.tokenizer), "generation_config.json": ends}
+    text: Files = {**tokenizer_files(run.prepared.tokenizer), "generation_config.json": ends}
     config = hf_config.decoder_config(size, size.vocab_size) | {"bos_token_id": None} | ends
-    tensors = export.decoder_tensors(run.params["decoder"])
-    visual_tokens = cell.compressor.visual_tokens
-    if not visual_tokens:
-        files: Files = text_files | {"README.md": _readme_llm(run)}
-        return export.write_directory(out, config, tensors, files, kind)
-
-    tower_size = TOWERS[cell.tower.name]
-    tower = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name)
-    pictures = ImageProcessor.of(
-        tower_size.image_size, tower_size.mean, tower_size.std, cell.data.image_mode
-    )
-    image_files: Files = {IMAGES: processor_config(pictures)}
-    if cell.compressor.name in ("mlp", "pool"):
-        llava = hf_config.LlavaConfig(
-            decoder=size,
-            tower=tower_size,
-            image_token_id=template.image,
-            keep_class_token=tower_size.class_tokens == 0,  # compressors read patches alone
-            visual_tokens=visual_tokens,
-            compressor=cell.compressor.name,
+    if not compressor.visual_tokens:
+        tensors = export.decoder_tensors(run.params["decoder"])
+        return export.write_directory(
+            out, config, tensors, text | {"README.md": model_card.of_llm(run)}, kind
         )
-        whole = export.llava_export_config(llava, export.num_blocks(tower))
-        whole["text_config"] = config
-        params = {name: run.params[name] for name in ("decoder", "compressor")} | {"tower": tower}
-        image_files |= {NESTED: _processor(run, llava), "README.md": _readme_llava(run, llava)}
-        made = export.llava_tensors(params, tower_size.style)
-        return export.write_directory(out, whole, made, text_files | image_files, kind)
+    tower = load_tower(run.prepared.path / "tower.safetensors", run.cell.tower.name)
+    if compressor.name in ("mlp", "pool"):
+        return _export_llava(run, tower, out, (size, config), text, kind)
+    return _export_parts(run, tower, out, config, text, kind)
 
-    for folder, name in ((out, COMPRESSOR), (out / "llm", None), (out / "tower", None)):
-        export.refuse_taken(folder, [name]) if name else export.refuse_taken(folder)
-    written = export.write_directory(out / "llm", config, tensors, text_files, kind)
-    tower_config = hf_config.tower_config(tower_size, export.num_blocks(tower))
-    made = export.tower_tensors(tower, tower_size.style)
-    written += export.write_directory(out / "tower", tower_config, made, image_files, kind)
-    export.write_text(out / "README.md", _readme_parts(run))
-    arrays = {name: array.astype(kind) for name, array in sorted(tree.flatten(run.params["compressor"]).items())}
-    said = {"compressor": cell.compressor.name, "visual_tokens": str(visual_tokens)}
-    write_file(out / COMPRESSOR, arrays, said)
+
+def _export_llava(
+    run: LoadedRun,
+    tower: dict[str, Any],
+    out: Path,
+    decoder: tuple[DecoderSize, dict[str, Any]],
+    text: Files,
+    kind: np.dtype,
+) -> list[Path]:
+    cell, size = run.cell, TOWERS[run.cell.tower.name]
+    llava = hf_config.LlavaConfig(
+        decoder=decoder[0],
+        tower=size,
+        image_token_id=run.prepared.template.image,
+        keep_class_token=not size.class_tokens,  # compressors read patches alone
+        visual_tokens=cell.compressor.visual_tokens,
+        compressor=cell.compressor.name,
+    )
+    config = export.llava_export_config(llava, export.num_blocks(tower)) | {"text_config": decoder[1]}
+    strategy = config["vision_feature_select_strategy"]
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE,
+        # It counts a picture's tokens as pixels over this: the side of what a pooled token covers.
+        "patch_size": size.patch_size * size.grid // math.isqrt(llava.visual_tokens),
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": int(strategy == "default"),  # the class token that this takes away
+    }
+    files = text | _picture_files(run) | {NESTED: processor, "README.md": model_card.of_llava(run)}
+    tensors = export.llava_tensors(run.params | {"tower": tower}, size.style)
+    return export.write_directory(out, config, tensors, files, kind)
+
+
+def _export_parts(
+    run: LoadedRun, tower: dict[str, Any], out: Path, config: dict[str, Any], text: Files, kind: np.dtype
+) -> list[Path]:
+    size, params = TOWERS[run.cell.tower.name], run.params
+    export.refuse_taken(out, [COMPRESSOR])
+    for part in ("llm", "tower"):
+        export.refuse_taken(out / part)
+    written = export.write_directory(
+        out / "llm", config, export.decoder_tensors(params["decoder"]), text, kind
+    )
+    described = hf_config.tower_config(size, export.num_blocks(tower))
+    tensors = export.tower_tensors(tower, size.style)
+    written += export.write_directory(out / "tower", described, tensors, _picture_files(run), kind)
+    export.write_text(out / "README.md", model_card.of_parts(run))
+    tree.save(
+        out / COMPRESSOR,
+        jax.tree.map(lambda leaf: np.asarray(leaf).astype(kind), params["compressor"]),
+        {"compressor": run.cell.compressor.name, "visual_tokens": str(run.cell.compressor.visual_tokens)},
+    )
     return [*written, out / "README.md", out / COMPRESSOR]
+
+
+def _picture_files(run: LoadedRun) -> Files:
+    size = TOWERS[run.cell.tower.name]
+    processor = ImageProcessor.of(size.image_size, size.mean, size.std, run.cell.data.image_mode)
+    return {IMAGES: processor_config(processor)}

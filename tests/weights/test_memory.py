@@ -20,7 +20,7 @@ from vlmscale.weights.hf_config import decoder_config
 
 MIB = 2**20
 SIZE = DecoderSize(
-    width=2048, num_layers=10, num_heads=16, num_kv_heads=8, mlp_width=5632, vocab_size=16384, context=512
+    width=2048, num_layers=11, num_heads=16, num_kv_heads=8, mlp_width=5632, vocab_size=16384, context=512
 )
 
 # A process of its own, for its memory is the result. It reports one JSON object.
@@ -60,11 +60,10 @@ shards = [shard for leaf in leaves for shard in leaf.addressable_shards]
 whole = [leaf.shape for leaf in leaves if leaf.nbytes > LARGE and leaf.sharding.is_fully_replicated]
 quarter = [leaf.shape for leaf in leaves
            if leaf.ndim > 1 and leaf.nbytes > LARGE and leaf.addressable_shards[0].data.size * 4 != leaf.size]
-checks = [float(jnp.sum(leaf)) for leaf in leaves[:3]]
 print(json.dumps({
     "peak": max(peak, anonymous()) - before, "after": anonymous() - before, "seconds": seconds,
     "params": sum(leaf.nbytes for leaf in leaves), "shards": sum(shard.data.nbytes for shard in shards),
-    "devices": len({shard.device for shard in shards}), "whole": whole, "quarter": quarter, "checks": checks,
+    "devices": len({shard.device for shard in shards}), "whole": whole, "quarter": quarter,
 }))
 """
 
@@ -101,7 +100,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         pytest.skip("needs 8 GiB of memory")
     (directory / "config.json").write_text(json.dumps(decoder_config(SIZE, SIZE.vocab_size)))
     # Tensors fill shards in order, so that four files need a limit of a little more than a quarter.
-    limit = 540 * MIB * np.dtype(request.param).itemsize // 4
+    limit = 560 * MIB * np.dtype(request.param).itemsize // 4
     files = write_checkpoint(directory, tensors(request.param), limit)
     assert len(files) == 5, "four files and the index"
     yield directory
@@ -121,7 +120,7 @@ def test_loading_takes_little_beside_the_parameters(layout: str, checkpoint: Pat
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    print({key: f"{found[key] / MIB:.0f} MiB" for key in ("peak", "after", "params", "shards")}, found)
+    print({key: f"{found[key] / MIB:.0f} MiB" for key in ("peak", "after", "params", "shards")})  # with -s
     assert found["params"] >= 2**31
     assert found["shards"] >= 1.9 * found["params"], "the data axis holds everything twice"
     assert found["devices"] == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@functools.lru_cache(maxsize=64)  # the same arguments, the same compiled function
 def make_generate(
     model: VLM, max_new_tokens: int, stop_ids: tuple[int, ...], sampling: Sampling = GREEDY
 ) -> Generate:
@@ -61,7 +63,7 @@ def make_generate(
       stop_ids: any of them ends a row; empty for rows of full length.
       sampling: greedy unless told otherwise.
     """
-    stops = jnp.array(stop_ids, jnp.int32)
+    stops = np.array(stop_ids, np.int32)
 
     def ended(token: jax.Array) -> jax.Array:
         return jnp.any(token[:, None] == stops, axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from vlmscale.data.processor import ImageProcessor, read_processor
 from vlmscale.data.tokenizer import decode, encode_prompt, read_tokenizer
 from vlmscale.errors import UserError
 from vlmscale.evaluate.generation import GREEDY, Sampling, answer_length, make_generate, pad_prompts
-from vlmscale.models.sizes import DecoderSize
+from vlmscale.models.sizes import DecoderSize, TowerSize
 from vlmscale.models.vision import VisionTower
 from vlmscale.models.vlm import VLM
 from vlmscale.sharding import make_mesh
@@ -230,11 +231,11 @@ def select(model: Pretrained, pixels: np.ndarray) -> jax.Array:
     """The hidden state that the projector reads: [B, H, W, 3] to [B, tokens, C]."""
     llava = model.described.llava
     assert llava is not None
-    layer = llava.tower.select_layer
+    hidden = _hidden(llava.tower, model.dtype, model.params["tower"], jnp.asarray(pixels))
+    return hidden if llava.keep_class_token else hidden[:, 1:]
 
-    @jax.jit
-    def run(params: dict[str, Any], pixels: jax.Array) -> jax.Array:
-        outputs = VisionTower(llava.tower, model.dtype).apply({"params": params}, pixels, (layer,))
-        return outputs.hidden[layer] if llava.keep_class_token else outputs.hidden[layer][:, 1:]
 
-    return run(model.params["tower"], jnp.asarray(pixels))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _hidden(size: TowerSize, dtype: Any, params: dict[str, Any], pixels: jax.Array) -> jax.Array:
+    layer = size.select_layer
+    return VisionTower(size, dtype).apply({"params": params}, pixels, (layer,)).hidden[layer]

@@ -284,8 +284,8 @@ def answer_one(
         except (ImageError, OSError) as error:
             raise UserError(f"{image}: {error}") from error
     if slots:
-        weights = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name)
         levels = COMPRESSORS[cell.compressor.name].needs_levels
+        weights = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name, levels)
         batch |= encode_images(cell.tower.name, weights, jnp.asarray(pixels), levels)
     model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop")
     longest = max_new_tokens or cell.evaluate.max_new_tokens

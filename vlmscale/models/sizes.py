@@ -147,8 +147,9 @@ SIZES: dict[str, DecoderSize] = {
 
 
 def tower_levels(num_layers: int) -> tuple[int, ...]:
-    """The levels of multi-level compressors: (12, 16, 22, 23) of 24, at the same relative depths."""
-    return tuple(max(round(level * num_layers / 24), 1) for level in (12, 16, 22, 23))
+    """What multi-level compressors read: (12, 16, 22, 23) of 24, half, two thirds, third and second last."""
+    levels = (round(num_layers / 2), round(num_layers * 2 / 3), num_layers - 2, num_layers - 1)
+    return tuple(max(level, 1) for level in levels)
 
 
 def _siglip(

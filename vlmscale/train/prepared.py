@@ -7,7 +7,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,21 +20,39 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from vlmscale.compressors import COMPRESSORS
-from vlmscale.config import Cell, identity
+from vlmscale.config import Cell, content_sha256, identity
 from vlmscale.data.conversation import Template, fit_context, training_row
 from vlmscale.data.images import preprocess
 from vlmscale.data.pipeline import Rows
+from vlmscale.data.processor import CONFIG, NESTED, read_processor
 from vlmscale.data.records import Quarantined, Record, write_quarantine
 from vlmscale.data.splits import Split, Splits, load_splits, read_records, texts, write_records
 from vlmscale.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmscale.errors import UserError
-from vlmscale.layers import abstract_params
-from vlmscale.models.sizes import TOWERS
+from vlmscale.models.sizes import TOWERS, TowerSize
 from vlmscale.models.vision import VisionTower, patches
 from vlmscale.records import write_json
-from vlmscale.weights import tree
+from vlmscale.sharding import make_mesh, place
+from vlmscale.weights import hf_config, tables, tree
+from vlmscale.weights.checkpoint import WEIGHTS, open_checkpoint
+from vlmscale.weights.directory import abstract_tower
+from vlmscale.weights.load import Source, load_params
 
-_BATCH = 256
+_BATCH = 256  # pictures that go through a tower together, at most
+_ACTIVATION_BYTES = 2**30  # what they may take on the way, about
+# Fields of a tower's row that config.json must agree with, and their names there.
+_ARCHITECTURE = {
+    "style": "model_type",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+    "width": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_width": "intermediate_size",
+    "activation": "hidden_act",
+    "norm_eps": "layer_norm_eps",
+}
+_LLAVA_KEYS = {"vision_config", "quantization_config", "compression_config"}  # of a LLaVA's tower
 Progress = Callable[[str, int, int], None]
 
 
@@ -77,24 +96,116 @@ class Prepared:
 
 
 def tower_path(cell: Cell) -> Path:
-    """The file with the tower's weights."""
+    """The file or the Hugging Face directory with the tower's weights."""
     if cell.tower.checkpoint != "shipped":
         return Path(cell.tower.checkpoint)
     return Path(str(resources.files("vlmscale") / "assets" / f"{cell.tower.name}.safetensors"))
 
 
-def load_tower(path: Path, name: str) -> dict[str, Any]:
+def load_tower(path: Path, name: str, with_levels: bool = False) -> dict[str, Any]:
     """Read and check the weights of a named tower.
 
+    Args:
+      path: a safetensors file of ours, which is read whole but may lack the last blocks where they are not
+        needed; or a directory in Hugging Face layout, of which only the blocks that are needed are read.
+      name: of a row of the size table.
+      with_levels: whether the levels of multi-level compressors are needed too.
+
     Raises:
-      UserError: unreadable, or not the parameters of that tower.
+      UserError: unreadable, not the parameters of that tower, or without a block that is needed.
     """
-    params = tree.load(path)
     size = TOWERS[name]
-    image = jax.ShapeDtypeStruct((1, size.image_size, size.image_size, 3), jnp.float32)
-    abstract = abstract_params(VisionTower(size), image, layers=(size.num_layers,))
-    tree.check_shapes(path, params, nn.meta.unbox(abstract))
+    needed = _last_layer(size, with_levels)
+    if path.is_dir():
+        return _read_directory(path, name, needed)
+    if path.name == WEIGHTS and (path.parent / "config.json").is_file():
+        raise UserError(f"{path}: is one file of a directory in Hugging Face layout; name {path.parent}")
+    params = tree.load(path)
+    blocks = sum(part.startswith("block_") for part in params)
+    layer = min(max(blocks, needed), size.num_layers)
+    tree.check_shapes(path, params, nn.meta.unbox(abstract_tower(size, (layer,))))
     return params
+
+
+def _last_layer(size: TowerSize, with_levels: bool) -> int:
+    """The last hidden state that is read, which is also the number of blocks that must run."""
+    return max(size.select_layer, *size.levels) if with_levels else size.select_layer
+
+
+def _read_directory(directory: Path, name: str, layer: int) -> dict[str, Any]:
+    """The parameters of a directory's tower up to a hidden state, on one device.
+
+    Raises:
+      UserError: as `load_tower`.
+    """
+    config, where = hf_config.read_config(directory), directory / "config.json"
+    kind = hf_config.kind_of(config, where)
+    if kind == "decoder":
+        raise UserError(f"{directory}: holds a language model alone; a CLIP, SigLIP or LLaVA has a tower")
+    boxed = abstract_tower(TOWERS[name], (layer,))
+    if kind == "llava":
+        # Nothing but the tower is looked at: the language model may be one that is not built here.
+        theirs = hf_config.llava_config(
+            {key: config[key] for key in _LLAVA_KEYS & config.keys()}, where
+        ).tower
+        whole = tables.llava(theirs.style)
+        table = replace(whole, ignored=(*whole.ignored, r"^language_model\.", r"^multi_modal_projector\."))
+        boxed = {"tower": boxed}
+    else:
+        theirs = hf_config.tower_size(config, where)
+        table = tables.TOWERS[theirs.style]
+    _check_architecture(where, theirs, name, layer)
+    _check_processor(directory, name)
+    places = place(boxed, make_mesh(devices=jax.local_devices()[:1]))
+    with open_checkpoint(directory) as checkpoint:
+        params, _ = load_params(places, [Source(checkpoint, table)])
+    return params["tower"] if kind == "llava" else params
+
+
+def _check_architecture(where: Path, theirs: TowerSize, name: str, layer: int) -> None:
+    """Refuse a config.json that describes another tower than the named row, by the first key that differs.
+
+    It may lack the last blocks, behind `layer`, as our own exports do.
+    """
+    if layer <= theirs.num_layers < TOWERS[name].num_layers:
+        theirs = replace(theirs, num_layers=TOWERS[name].num_layers)
+    for field, key in _ARCHITECTURE.items():
+        found, wanted = getattr(theirs, field), getattr(TOWERS[name], field)
+        if found == wanted:
+            continue
+        fits = [
+            row
+            for row, size in TOWERS.items()
+            if all(getattr(size, part) == getattr(theirs, part) for part in _ARCHITECTURE)
+        ]
+        hint = f"it fits tower.name={' or '.join(fits)}" if fits else "it fits no tower of the size table"
+        raise UserError(f"{where}: {key} is {found}, but tower.name={name} has {wanted}; {hint}")
+
+
+def _check_processor(directory: Path, name: str) -> None:
+    """Refuse an image processor whose pixels are not those that the named row stands for.
+
+    Pictures are prepared by `data.image_mode` with the row's numbers, so how they become square and by which
+    filter is the config's choice, but their side and their normalisation are the tower's own.
+    """
+    nested = directory / NESTED
+    # Processors of text and pictures have such a file too, the picture's part in it or not.
+    inside = nested.is_file() and b'"image_processor"' in nested.read_bytes()
+    if not inside and not (directory / CONFIG).is_file():
+        return
+    processor, size = read_processor(directory), TOWERS[name]
+    for key, theirs, ours in (
+        ("size", processor.shape, (size.image_size, size.image_size)),
+        ("rescale_factor", processor.scale or 1.0, 1 / 255),
+        ("do_normalize", processor.normalise, True),
+        ("image_mean", processor.mean, size.mean),
+        ("image_std", processor.std, size.std),
+    ):
+        if not np.allclose(theirs, ours, rtol=0, atol=1e-6):
+            raise UserError(
+                f"{directory}: its image processor has {key} {theirs}, but tower.name={name} has {ours}; "
+                "remove that file if the tower was trained with the latter"
+            )
 
 
 def encode_images(
@@ -109,6 +220,17 @@ def encode_images(
     if with_levels:
         out["levels"] = jnp.concatenate([hidden[level] for level in size.levels], axis=-1)
     return out
+
+
+def batch_size(size: TowerSize, with_levels: bool) -> int:
+    """How many pictures go through a tower together: few enough that its activations take about 1 GiB."""
+    tokens = size.num_patches + size.class_tokens
+    scores = 2 * size.num_heads * tokens**2  # before and after the softmax
+    streams = tokens * (2 * size.mlp_width + 8 * size.width)
+    outputs = tokens * size.width * (1 + (2 * len(size.levels) if with_levels else 0))
+    pixels = 2 * 3 * size.image_size**2
+    numbers = scores + streams + outputs + pixels
+    return max(1, min(_BATCH, _ACTIVATION_BYTES // (4 * numbers)))
 
 
 def pixels_of(image: np.ndarray, cell: Cell) -> np.ndarray:
@@ -126,7 +248,8 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
       progress: called with (what, done, total).
 
     Raises:
-      UserError: cells disagree, the directory belongs to other data, or nothing usable is left.
+      UserError: cells disagree, the directory belongs to other data, the tower cannot be read or is not the
+        named one, or nothing usable is left.
     """
     first = cells[0]
     if any((cell.data, cell.tower) != (first.data, first.tower) for cell in cells):
@@ -142,6 +265,7 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
         if manifest["key"] != key:
             raise UserError(f"{out}: holds other data than this config asks for; choose another --out")
         return Prepared(out, manifest, load_tokenizer(out / "tokenizer.json"))
+    params = _needed_params(weights, first.tower.name, with_levels)  # before anything that takes long
     out.mkdir(parents=True, exist_ok=True)
     splits = load_splits(first.data, TOWERS[first.tower.name].image_size)
     named = {"train": splits.train, "validation": splits.validation, "test": splits.test}
@@ -156,12 +280,15 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
             reasons = "; ".join(f"{item.id}: {item.reason}" for item in splits.quarantined[-5:])
             source = first.data.records or f"scenes, {name}"
             raise UserError(f"{source}: no usable record is left ({reasons})")
-    params = load_tower(weights, first.tower.name)
-    (out / "tower.safetensors").write_bytes(weights.read_bytes())
-    run = jax.jit(lambda pixels: encode_images(first.tower.name, params, pixels, with_levels))
+    # A copy, so that a run stays whole when its source goes away.
+    tree.save(out / "tower.safetensors", params, {"name": first.tower.name})
+    digest, params = tree.sha256(params), jax.device_put(params)  # in this order: no second copy on the host
+    # The parameters are an argument: as constants they would be copied into the program.
+    encode = jax.jit(partial(encode_images, first.tower.name, with_levels=with_levels))
+    together = batch_size(TOWERS[first.tower.name], with_levels)
     for name, split in parts.items():
         write_records(out / f"{name}.records.jsonl", split)
-        _write_features(out, name, split, first, run, progress)
+        _write_features(out, name, split, first, partial(encode, params), together, progress)
     write_quarantine(splits.quarantined, out / "quarantine.jsonl")
     manifest = {
         "key": key,
@@ -171,19 +298,24 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
         "shortened_conversations": cut,
         "quarantined": len(splits.quarantined),
         "vocab_size": tokenizer.get_vocab_size(),
-        "tower_sha256": tree.sha256(params),
+        "tower_sha256": digest,
     }
     write_json(manifest_path, manifest)
     return Prepared(out, manifest, tokenizer)
 
 
+def _needed_params(weights: Path, name: str, with_levels: bool) -> dict[str, Any]:
+    """The tower's parameters without blocks that no output needs."""
+    params = load_tower(weights, name, with_levels)
+    last = _last_layer(TOWERS[name], with_levels)
+    spare = {f"block_{index}" for index in range(last, TOWERS[name].num_layers)}
+    return {part: values for part, values in params.items() if part not in spare}
+
+
 def _key(cell: Cell, weights: Path, with_levels: bool) -> str:
     """Hash of all that the directory's content depends on."""
     parts = identity(cell.data) | {"levels": with_levels, "tower": cell.tower.name}
-    try:
-        parts["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    except OSError as error:
-        raise UserError(f"tower.checkpoint={weights}: {error.strerror or error}") from error
+    parts["weights"] = content_sha256("tower.checkpoint", weights, directory=True)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -216,9 +348,10 @@ def _write_features(
     split: Split,
     cell: Cell,
     run: Callable[[np.ndarray], dict[str, jax.Array]],
+    together: int,
     progress: Progress,
 ) -> None:
-    """Run the tower over every distinct picture of a split and store its outputs as .npy.
+    """Run the tower over every distinct picture of a split, so many together, and store its outputs as .npy.
 
     Records of text alone get one blank picture, which no record shows, so that shapes are known.
     """
@@ -227,9 +360,9 @@ def _write_features(
     # Written front to back, not through a memory map: on a full disk a write fails, a map kills the process.
     with contextlib.ExitStack() as stack:
         stores: dict[str, BinaryIO] = {}
-        for start in range(0, total, _BATCH):
-            indices = range(start, min(start + _BATCH, total))
-            pixels = np.zeros((_BATCH, size.image_size, size.image_size, 3), np.float32)
+        for start in range(0, total, together):
+            indices = range(start, min(start + together, total))
+            pixels = np.zeros((together, size.image_size, size.image_size, 3), np.float32)
             for row, index in enumerate(indices[: split.num_images - start]):
                 pixels[row] = pixels_of(split.load_image(index), cell)
             for key, values in run(pixels).items():

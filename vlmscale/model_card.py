@@ -1,0 +1,135 @@
+"""The README.md of an exported run: what it is, and how to use it, here and in transformers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from vlmscale.data.tokenizer import ASSISTANT, IMAGE, USER
+from vlmscale.evaluate.runner import LoadedRun
+from vlmscale.models.sizes import SIZES, TOWERS
+
+_HEAD = """\
+# A model trained with vlmscale
+
+{what}
+
+A prompt is `{prompt}`, where only the question has spaces. Run what follows in this directory.
+"""
+_VLMSCALE = """
+```bash
+vlmscale generate --model . {picture}--max-new-tokens {longest} --prompt '{prompt}'
+```
+"""
+_LLAVA = """
+With transformers 5 (in 4, `use_fast=False` stands for `backend="pil"`; pictures were prepared with Pillow):
+
+```python
+from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+model = LlavaForConditionalGeneration.from_pretrained(".")
+processor = AutoProcessor.from_pretrained(".", backend="pil")
+{pool}
+picture = Image.open("PHOTO.jpg").convert("RGB")
+inputs = processor(images=picture, text="{prompt}", return_tensors="pt")
+ids = model.generate(**inputs, do_sample=False, max_new_tokens={longest})
+print(processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+```
+
+The processor repeats `{image}` once for each of the picture's tokens. Without a picture leave it away.
+"""
+_POOL = """
+
+def pool(module, args):
+    x = args[0].unflatten(1, ({grid}, {window}, {grid}, {window}))
+    return (x.mean((2, 4)).flatten(1, 2),)
+
+
+# The LLaVA of transformers does not know the pooling that stands before the projector.
+model.model.multi_modal_projector.register_forward_pre_hook(pool)
+"""
+_LLM = """
+With transformers:
+
+```python
+from transformers import AutoModelForCausalLM, {tokenizer}
+
+model = AutoModelForCausalLM.from_pretrained(".")
+tokenizer = {tokenizer}.from_pretrained(".")
+inputs = tokenizer("{prompt}", return_tensors="pt")
+ids = model.generate(**inputs, do_sample=False, max_new_tokens={longest})
+print(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip())
+```
+"""
+_PARTS = """
+No model of transformers has this compressor, so there are three parts:
+
+```python
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, {tokenizer}, {tower}
+
+llm = AutoModelForCausalLM.from_pretrained("llm")
+tokenizer = {tokenizer}.from_pretrained("llm")
+tower = {tower}.from_pretrained("tower")
+compressor = load_file("compressor.safetensors")
+```
+
+- `llm`: a prompt holds `{image}` {tokens} times; the compressor's output takes the place of its embeddings.
+- `tower`: the compressor reads number {selected} of its `hidden_states`, and numbers {levels} side by
+  side{less}.
+- `compressor.safetensors`: parameters as vlmscale/compressors/{name}.py names them, each `kernel` as
+  [inputs, outputs]. `vlmscale generate --run` answers with the run that this was made from.
+"""
+
+
+def _fill(run: LoadedRun, template: str, **values: Any) -> str:
+    cell = run.cell
+    tokens = cell.compressor.visual_tokens
+    prompt = f"{USER}{IMAGE if tokens else ''}What is this?{ASSISTANT}"
+    known = {"image": IMAGE, "tokens": tokens, "prompt": prompt, "longest": cell.evaluate.max_new_tokens}
+    # transformers 5 would make the run's tokenizer beside a Qwen2 a Qwen2Tokenizer, whose ids differ.
+    own = SIZES[cell.llm.name].family == "qwen2"
+    known["tokenizer"] = "PreTrainedTokenizerFast" if own else "AutoTokenizer"
+    return template.format(**known | values)
+
+
+def _head(run: LoadedRun, kind: str) -> str:
+    cell = run.cell
+    what = f"{kind}: LLM `{cell.llm.name}`"
+    if cell.compressor.visual_tokens:
+        what += f", vision tower `{cell.tower.name}`, compressor `{cell.compressor.name}`. "
+        what += f"A picture takes {cell.compressor.visual_tokens} tokens."
+    else:
+        what += ", trained without pictures."
+    return _fill(run, _HEAD, what=what)
+
+
+def of_llm(run: LoadedRun) -> str:
+    """For a run without pictures."""
+    return _head(run, "A language model") + _fill(run, _VLMSCALE, picture="") + _fill(run, _LLM)
+
+
+def of_llava(run: LoadedRun) -> str:
+    """For a `LlavaForConditionalGeneration`, with the hook that pools where that is its compressor."""
+    pool = ""
+    if run.cell.compressor.name == "pool":
+        grid = math.isqrt(run.cell.compressor.visual_tokens)
+        pool = _POOL.format(grid=grid, window=TOWERS[run.cell.tower.name].grid // grid)
+    text = _head(run, "A LLaVA") + _fill(run, _VLMSCALE, picture="--image PHOTO.jpg ")
+    return text + _fill(run, _LLAVA, pool=pool)
+
+
+def of_parts(run: LoadedRun) -> str:
+    """For LLM, tower and compressor apart."""
+    size = TOWERS[run.cell.tower.name]
+    clip = size.style == "clip"
+    return _head(run, "The parts of a vision-language model") + _fill(
+        run,
+        _PARTS,
+        tower="CLIPVisionModel" if clip else "SiglipVisionModel",
+        selected=size.select_layer,
+        levels=", ".join(map(str, size.levels)),
+        less=", without their first token" if clip else "",
+        name=run.cell.compressor.name,
+    )
