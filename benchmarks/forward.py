@@ -6,7 +6,7 @@
 A tower gives its last hidden state, a decoder the hidden states of all positions and the logits of the last.
 The ratio is ours over theirs; above 1 is faster. `error` is the largest difference over the largest value.
 `of matrix product` is the fraction of what a large matrix product was measured to reach on this device.
-On a GPU `--attention cudnn` uses the fused kernel for decoders (transformers has its own: SDPA).
+On a GPU `--attention cudnn` uses the fused kernel (transformers has its own: SDPA).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def tower(name: str, options: argparse.Namespace, limits: dict[str, float]) -> d
     shape = (options.images, size.image_size, size.image_size, 3)
     pixels = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     layer = size.num_layers
-    run = jax.jit(lambda p, x: VisionTower(size, jax_dtype).apply({"params": p}, x, (layer,)).hidden[layer])
+    module = VisionTower(size, jax_dtype, options.attention)
+    run = jax.jit(lambda p, x: module.apply({"params": p}, x, (layer,)).hidden[layer])
     x, y = jax.device_put(pixels), torch.tensor(pixels).permute(0, 3, 1, 2).to(device, torch_dtype)
     out: dict[str, Any] = {}
 
@@ -73,7 +74,7 @@ def decoder(name: str, options: argparse.Namespace, limits: dict[str, float]) ->
     def run(params: dict[str, Any], ids: jax.Array) -> jax.Array:
         embeddings = module.apply({"params": params}, ids, method="embed")
         places = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
-        hidden = module.apply({"params": params}, embeddings, places, jnp.ones_like(ids))
+        hidden = module.apply({"params": params}, embeddings, places, None)
         return module.apply({"params": params}, hidden[:, -1], method="logits")
 
     x, y = jax.device_put(ids), torch.tensor(ids, device=device)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from flax.traverse_util import flatten_dict
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vlmscale.cli import main
@@ -249,3 +250,33 @@ def assert_same(ours: Any, theirs: Any) -> None:
     for path, value in theirs.items():
         assert ours[path].dtype == value.dtype, path
         np.testing.assert_array_equal(ours[path], value, err_msg=path)
+
+
+def opened(model_class: Any, directory: Path) -> Any:
+    """What transformers makes of a directory, with nothing missing and nothing left over."""
+    model, info = model_class.from_pretrained(directory, output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def load_whole(directory: Path) -> tuple[Any, dict[str, Any]]:
+    """Description and parameters of a directory, all blocks of its tower among them."""
+    described, params, _ = load_directory(directory, one_device(), whole_tower=True)
+    return described, params
+
+
+def same(ones: Any, others: Any) -> None:
+    """Equal state dicts: names, types, bits."""
+    assert ones.keys() == others.keys()
+    for name, value in ones.items():
+        assert value.dtype == others[name].dtype, name
+        assert torch.equal(value, others[name]), name
+
+
+def save_photo(path: Path) -> Path:
+    """A noisy gradient that is not square."""
+    rng = np.random.default_rng(0)
+    slope = np.linspace(0, 200, 131)[None, :, None] + np.linspace(0, 55, 60)[:, None, None]
+    pixels = np.clip(slope + rng.normal(0, 25, (60, 131, 3)), 0, 255).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path

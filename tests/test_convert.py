@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import re
-import shlex
+import os
 import shutil
 import tracemalloc
 from collections.abc import Callable
@@ -14,72 +12,38 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
 import transformers
-from flax import linen as nn
 from PIL import Image
 
-from tests.integration.tiny import train
 from tests.pretrained import (
     DECODERS,
     LLAVAS,
     TOWERS,
     load_decoder,
+    load_whole,
     make_decoder,
     make_llava,
+    opened,
+    rewrite,
+    same,
     save_decoder,
     save_llava,
+    save_photo,
     save_tower,
+    tensors_of,
 )
 from vlmscale.cli import main
-from vlmscale.compressors import COMPRESSORS
-from vlmscale.config import CompressorConfig
-from vlmscale.convert import convert_directory, export_run
-from vlmscale.data.images import decode_image
-from vlmscale.evaluate.generation import prompt_batch
-from vlmscale.evaluate.runner import LoadedRun, abstract_params, answer_one, load_run
-from vlmscale.models.sizes import TOWERS as TOWER_SIZES
-from vlmscale.sharding import make_mesh
-from vlmscale.train.prepared import encode_images, load_tower, pixels_of
-from vlmscale.train.step import build_model, model_inputs
+from vlmscale.convert import convert_directory
+from vlmscale.errors import UserError
 from vlmscale.weights import export, hf_config, tables, tree
 from vlmscale.weights.checkpoint import open_checkpoint
-from vlmscale.weights.directory import load_directory
 
 Llava = transformers.LlavaForConditionalGeneration
-Runs = Callable[[str], Path]
-ASKED, QUESTION = "What is this?", "How many are red?"  # in README.md; one that has an answer
+Directories = Callable[[str], Path]
 PROMPT = "USER: <image>\nwhat is this thing? ASSISTANT:"
-RUNS = {  # compressor, tokens, how pictures are prepared
-    "pool": ("pool", 4, "resize"),
-    "mlp": ("mlp", 64, "pad"),
-    "blind": ("pool", 0, "resize"),
-}
-
-
-def opened(model_class: Any, directory: Path) -> Any:
-    """What transformers makes of a directory, with nothing missing and nothing left over."""
-    model, info = model_class.from_pretrained(directory, output_loading_info=True)
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def ours(directory: Path) -> tuple[Any, dict[str, Any]]:
-    """Description and parameters of a directory, all blocks of its tower among them."""
-    mesh = make_mesh(devices=jax.devices()[:1])
-    described, params, _ = load_directory(directory, mesh, whole_tower=True)
-    return described, params
-
-
-def same(ones: Any, others: Any) -> None:
-    """Equal state dicts: names, types, bits."""
-    assert ones.keys() == others.keys()
-    for name, value in ones.items():
-        assert value.dtype == others[name].dtype, name
-        assert torch.equal(value, others[name]), name
 
 
 def llava_logits(model: Any, tokens: int) -> torch.Tensor:
@@ -94,17 +58,12 @@ def llava_logits(model: Any, tokens: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A noisy gradient that is not square."""
-    rng = np.random.default_rng(0)
-    slope = np.linspace(0, 200, 131)[None, :, None] + np.linspace(0, 55, 60)[:, None, None]
-    pixels = np.clip(slope + rng.normal(0, 25, (60, 131, 3)), 0, 255).astype(np.uint8)
-    path = tmp_path_factory.mktemp("photo") / "PHOTO.jpg"
-    Image.fromarray(pixels).save(path)
-    return path
+    """A picture that is not square."""
+    return save_photo(tmp_path_factory.mktemp("photo") / "PHOTO.jpg")
 
 
 @pytest.fixture(scope="module")
-def llavas(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def llavas(tmp_path_factory: pytest.TempPathFactory) -> Directories:
     """Directories of the tiny LLaVAs, each made once."""
 
     @functools.cache
@@ -116,33 +75,11 @@ def llavas(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return of
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """Trained runs, each made once; long enough that answers are words."""
-
-    @functools.cache
-    def of(name: str) -> Path:
-        compressor, tokens, mode = RUNS[name]
-        out = tmp_path_factory.mktemp(f"run-{name}") / "run"
-        words = [f"compressor.name={compressor}", f"compressor.visual_tokens={tokens}"]
-        words += [f"data.image_mode={mode}", "train.learning_rate=0.01"]
-        assert train(out, *(f"--config.{word}" for word in words), count=60) == 0
-        return out
-
-    return of
-
-
-@pytest.fixture(scope="module")
-def exported(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[LoadedRun, Path]]:
-    """Each run with its export, made by the command."""
-
-    @functools.cache
-    def of(name: str) -> tuple[LoadedRun, Path]:
-        out = tmp_path_factory.mktemp(f"export-{name}") / "model"
-        assert main(["convert", "--run", str(runs(name)), "--out", str(out)]) == 0
-        return load_run(runs(name)), out
-
-    return of
+@pytest.fixture
+def llm(tmp_path: Path) -> Path:
+    """A decoder's directory."""
+    save_decoder("llama-plain-untied", tmp_path / "llm")
+    return tmp_path / "llm"
 
 
 # Parameters in, parameters out.
@@ -168,7 +105,7 @@ def test_a_decoder_comes_back_the_same(name: str, layout: str, tmp_path: Path) -
 @pytest.mark.parametrize("name", TOWERS)
 def test_a_tower_comes_back_the_same(name: str, tmp_path: Path) -> None:
     model = save_tower(name, tmp_path / "in")
-    described, params = ours(tmp_path / "in")
+    described, params = load_whole(tmp_path / "in")
     config = hf_config.tower_config(described.tower, export.num_blocks(params))
     export.write_directory(tmp_path / "out", config, export.tower_tensors(params, described.tower.style), {})
     back = opened(getattr(transformers, f"{name}VisionModel"), tmp_path / "out")
@@ -178,15 +115,15 @@ def test_a_tower_comes_back_the_same(name: str, tmp_path: Path) -> None:
     assert len(states[0]) == len(states[1]) == 4
     for one, other in zip(*states, strict=True):
         assert torch.equal(one, other)
-    assert tree.sha256(ours(tmp_path / "out")[1]) == tree.sha256(params)
+    assert tree.sha256(load_whole(tmp_path / "out")[1]) == tree.sha256(params)
 
 
 @pytest.mark.parametrize("name", LLAVAS)
 def test_a_llava_comes_back_the_same_and_answers_the_same(
-    name: str, llavas: Runs, tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]
+    name: str, llavas: Directories, tmp_path: Path, photo: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, out = llavas(name), tmp_path / "out"
-    described, params = ours(source)
+    described, params = load_whole(source)
     config = export.llava_export_config(described.llava, export.num_blocks(params["tower"]))
     beside = ("tokenizer.json", "tokenizer_config.json", "processor_config.json", "generation_config.json")
     tensors = export.llava_tensors(params, described.tower.style)
@@ -194,8 +131,8 @@ def test_a_llava_comes_back_the_same_and_answers_the_same(
     one, other = make_llava(name), opened(Llava, out)
     tokens = described.llava.visual_tokens
     assert torch.equal(llava_logits(one, tokens), llava_logits(other, tokens))
-    assert ours(out)[0].llava == described.llava
-    assert tree.sha256(ours(out)[1]) == tree.sha256(params)
+    assert load_whole(out)[0].llava == described.llava
+    assert tree.sha256(load_whole(out)[1]) == tree.sha256(params)
 
     processor = transformers.AutoProcessor.from_pretrained(out, backend="pil")
     inputs = processor(images=Image.open(photo), text=PROMPT, return_tensors="pt")
@@ -232,7 +169,9 @@ def test_an_unknown_parameter_is_not_left_out_in_silence() -> None:
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("name", LLAVAS)
-def test_a_whole_llava_is_copied_or_cast(name: str, dtype: str | None, llavas: Runs, tmp_path: Path) -> None:
+def test_a_whole_llava_is_copied_or_cast(
+    name: str, dtype: str | None, llavas: Directories, tmp_path: Path
+) -> None:
     source, out = llavas(name), tmp_path / "out"
     (source / "secret.py").write_text("x")
     (source / "pytorch_model.bin").write_text("x")
@@ -258,7 +197,7 @@ def test_a_whole_llava_is_copied_or_cast(name: str, dtype: str | None, llavas: R
         assert (out / "config.json").read_text() == (source / "config.json").read_text()
     same(wanted.state_dict(), model.state_dict())
     assert model.dtype == wanted.dtype == (torch.bfloat16 if dtype else torch.float32)
-    tokens = ours(source)[0].llava.visual_tokens
+    tokens = load_whole(source)[0].llava.visual_tokens
     assert torch.equal(llava_logits(wanted, tokens), llava_logits(model, tokens))
     tied = model.lm_head.weight.data_ptr() == model.model.language_model.embed_tokens.weight.data_ptr()
     assert tied == LLAVAS[name][-1] == (not any("lm_head" in key for key in open_checkpoint(out).tensors))
@@ -266,7 +205,7 @@ def test_a_whole_llava_is_copied_or_cast(name: str, dtype: str | None, llavas: R
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("name", LLAVAS)
-def test_a_llava_comes_apart(name: str, dtype: str | None, llavas: Runs, tmp_path: Path) -> None:
+def test_a_llava_comes_apart(name: str, dtype: str | None, llavas: Directories, tmp_path: Path) -> None:
     whole = Llava.from_pretrained(llavas(name), dtype=dtype or "float32").eval()
     for part in ("llm", "tower"):
         convert_directory(llavas(name), tmp_path / part, part, dtype)
@@ -323,7 +262,7 @@ def test_a_bare_decoder_and_tower_are_copied_from_shards(tmp_path: Path) -> None
         same(model.state_dict(), opened(type(model), tmp_path / f"{name}-out").state_dict())
 
 
-def test_names_of_older_files_are_understood(llavas: Runs, tmp_path: Path) -> None:
+def test_names_of_older_files_are_understood(llavas: Directories, tmp_path: Path) -> None:
     """`vision_model.` in front of a LLaVA's tower, a stored buffer, and a head although it is tied."""
     new, old = llavas("siglip-qwen2"), tmp_path / "old"
     with open_checkpoint(new) as checkpoint:
@@ -349,215 +288,164 @@ def test_names_of_older_files_are_understood(llavas: Runs, tmp_path: Path) -> No
     assert "lm_head.weight" not in open_checkpoint(tmp_path / "llm").tensors
 
 
-def test_bad_use_is_one_line(
-    llavas: Runs, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_part_that_stands_alone_is_written_whole(tmp_path: Path) -> None:
     save_decoder("llama-plain-untied", tmp_path / "llm")
+    save_tower("CLIP", tmp_path / "tower")
+    for part in ("llm", "tower"):
+        convert_directory(tmp_path / part, tmp_path / "out" / part, part, None)
+        for path in (tmp_path / part).iterdir():
+            assert (tmp_path / "out" / part / path.name).read_bytes() == path.read_bytes(), path.name
+    with pytest.raises(UserError, match="is a decoder alone"):
+        convert_directory(tmp_path / "llm", tmp_path / "new", "tower", None)
+
+
+def test_what_is_not_copied_is_named(llm: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    copied = ("spiece.model", "additional_chat_templates/rag.jinja", "README.md")
+    left = ("video_preprocessor_config.json", "modeling.py", "pytorch_model.bin", "original/params.json")
+    for name in (*copied, *left, ".gitattributes", ".cache/x"):
+        (llm / name).parent.mkdir(exist_ok=True)
+        (llm / name).write_text(name)
+    report, written = convert_directory(llm, out, "all", None)
+    assert report.not_copied == [
+        "modeling.py",
+        "original/",
+        "pytorch_model.bin",
+        "video_preprocessor_config.json",
+    ]
+    for name in copied:
+        assert out / name in written
+        assert (out / name).read_text() == name
+    assert sorted(written) == sorted(path for path in out.rglob("*") if path.is_file())
+    assert convert_directory(out, tmp_path / "again", "all", None)[0].not_copied == []
+
+
+def test_shards_count_as_copied_and_a_part_names_nothing(llavas: Directories, tmp_path: Path) -> None:
+    model, _ = save_decoder("llama-plain-untied", tmp_path / "one")
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert convert_directory(tmp_path / "shards", tmp_path / "out", "all", None)[0].not_copied == []
+    (llavas("clip-llama") / "notes.txt").write_text("x")
+    assert convert_directory(llavas("clip-llama"), tmp_path / "tower", "tower", None)[0].not_copied == []
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("README.md", "has README.md already; remove it or"),
+        ("LICENSE", "has LICENSE already; remove it or"),
+        ("config.json", "has config.json already; remove it or"),
+        ("additional_chat_templates/rag.jinja", "has additional_chat_templates/rag.jinja already"),
+        ("model.safetensors.index.json", "has model.safetensors.index.json already"),
+        ("pytorch_model.bin", "has pytorch_model.bin already"),
+        ("model.fp16.safetensors", "has model.fp16.safetensors already"),
+        ("spec.json", "is a run (it has spec.json)"),
+    ],
+)
+def test_files_of_others_are_never_touched(name: str, said: str, llm: Path, tmp_path: Path) -> None:
+    for beside in ("README.md", "LICENSE", "additional_chat_templates/rag.jinja"):
+        (llm / beside).parent.mkdir(exist_ok=True)
+        (llm / beside).write_text("of the model")
+    mine = tmp_path / "out" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError) as caught:
+        convert_directory(llm, tmp_path / "out", "all", None)
+    assert f"{tmp_path / 'out'}: {said}" in str(caught.value)
+    assert "name another directory" in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+    assert mine.read_text() == "mine"
+
+
+def test_a_directory_with_other_files_is_taken(llm: Path, tmp_path: Path) -> None:
+    notes = tmp_path / "out" / "README.md"  # the model has none
+    notes.parent.mkdir()
+    notes.write_text("mine")
+    convert_directory(llm, tmp_path / "out", "all", None)
+    assert notes.read_text() == "mine"
+
+
+def test_a_killed_export_says_what_to_remove(
+    llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def killed(_: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as dead:
+        dead.setattr(os, "fsync", killed)
+        dead.setattr(Path, "unlink", lambda *_, **__: None)  # the dead clean nothing up
+        dead.setattr(Path, "rmdir", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            convert_directory(llm, out, "all", None)
+    left = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    assert left == {path.name for path in llm.iterdir()} - {"model.safetensors"}
+    with pytest.raises(UserError, match="the rest of an export that was killed; remove ") as caught:
+        convert_directory(llm, out, "all", None)
+    named = str(caught.value).split("; remove ")[1].removesuffix(", or name another directory").split(", ")
+    assert set(named) == left
+    for name in named:
+        (out / name).unlink()
+    assert list(out.glob(".model-*.tmp")), "of the weights, and no hindrance"
+    convert_directory(llm, out, "all", None)
+    assert {path.name for path in out.iterdir()} == {path.name for path in llm.iterdir()}
+
+
+@pytest.mark.filterwarnings("error")
+def test_numbers_too_large_for_float16_are_refused(
+    llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = tensors_of(llm)
+    tensors["model.norm.weight"][3:5] = 1e6, np.inf  # an infinity that was there stays one
+    large, out = rewrite(llm, tmp_path / "large", tensors), tmp_path / "out"
+    said = "tensor model.norm.weight does not fit float16 (largest 1e+06); take bfloat16"
+    words = ["convert", "--model", str(large), "--out", str(out), "--dtype"]
+    assert main([*words, "float16"]) == 2
+    assert capsys.readouterr().err == f"vlmscale convert: {said}\n"
+    assert not out.exists()
+    assert main([*words, "bfloat16"]) == 0
+    assert tensors_of(out)["model.norm.weight"].astype(np.float32)[4] == np.inf
+
+    tensors["model.norm.weight"][3] = 65504  # the largest that fits
+    mine = tmp_path / "mine"
+    (mine / "notes").mkdir(parents=True)
+    convert_directory(rewrite(llm, tmp_path / "fits", tensors), tmp_path / "half", "all", "float16")
+    assert tensors_of(tmp_path / "half")["model.norm.weight"][3:5].tolist() == [65504, np.inf]
+    with pytest.raises(UserError, match="does not fit"):
+        convert_directory(large, mine, "all", "float16")
+    assert [path.name for path in mine.iterdir()] == ["notes"]
+
+    tensors["model.norm.weight"] = np.full(32, 3.4e38, np.float32)
+    with pytest.raises(UserError, match=r"fit bfloat16 \(largest 3\.4e\+38\); keep the type"):
+        convert_directory(rewrite(llm, tmp_path / "huge", tensors), tmp_path / "no", "all", "bfloat16")
+
+
+def test_bad_use_is_one_line(
+    llavas: Directories, llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     save_tower("CLIP", tmp_path / "tower")
     save_tower("CLIP", tmp_path / "both", text=True)
     llava, file, new = str(llavas("clip-llama")), tmp_path / "file", str(tmp_path / "new")
     file.write_text("x")
-    run = str(runs("blind"))
+    gone = tmp_path / "link"
+    gone.symlink_to("nowhere")
     cases = [
-        (["--model", llava, "--out", llava], "has model.safetensors already"),
-        (["--run", run, "--out", llava], "has model.safetensors already"),
+        (["--model", llava, "--out", llava], "model.safetensors"),
         (["--model", llava, "--out", str(file)], f"{file}: is a file"),
-        (["--run", run, "--out", str(file)], f"{file}: is a file"),
-        (["--model", llava, "--out", str(file / "below")], str(file / "below")),
-        (["--model", str(tmp_path / "llm"), "--out", new, "--part", "llm"], "is a decoder alone"),
-        (["--model", str(tmp_path / "tower"), "--out", new, "--part", "tower"], "is a tower alone"),
+        (["--model", llava, "--out", str(file / "below")], f"{file}: is a file"),
+        (["--model", llava, "--out", str(gone)], f"{gone}: is a link to nothing (nowhere); remove it or"),
+        (["--model", llava, "--out", str(gone / "below")], f"{gone}: is a link to nothing"),
+        (["--model", str(llm), "--out", new, "--part", "tower"], "is a decoder alone"),
+        (["--model", str(tmp_path / "tower"), "--out", new, "--part", "llm"], "is a tower alone"),
         (["--model", str(tmp_path / "both"), "--out", new, "--part", "llm"], "has no LLM"),
-        (["--run", run, "--out", new, "--part", "tower"], "--part tower: goes with --model"),
         (["--model", str(tmp_path / "absent"), "--out", new], "no such directory"),
     ]
-    before = sorted(path for path in tmp_path.rglob("*"))
+    before = sorted(tmp_path.rglob("*"))
     for words, said in cases:
         capsys.readouterr()
         assert main(["convert", *words]) == 2, words
         err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vlmscale")]
         assert len(err) == 1
         assert said in err[0]
-    assert sorted(path for path in tmp_path.rglob("*")) == before
-
-
-# Runs out.
-
-
-def our_logits(run: LoadedRun, image: Path) -> np.ndarray:
-    """Of each token behind the picture of a prompt, by the model that evaluation builds."""
-    template, slots = run.prepared.template, run.cell.compressor.visual_tokens
-    ids = template.prompt(QUESTION)
-    size = TOWER_SIZES[run.cell.tower.name]
-    pixels = pixels_of(decode_image(image, target=size.image_size), run.cell)[None]
-    batch: dict[str, Any] = prompt_batch([ids], [True], template, slots, len(ids) + slots)
-    batch["positions"] = np.arange(len(ids) + slots)[None]
-    batch["segment_ids"] = batch["valid"].astype(np.int32)
-    batch["target_positions"] = batch["positions"][:, 1 + slots :]
-    tower = load_tower(run.prepared.path / "tower.safetensors", run.cell.tower.name)
-    levels = COMPRESSORS[run.cell.compressor.name].needs_levels
-    batch |= encode_images(run.cell.tower.name, tower, jax.numpy.asarray(pixels), levels)
-    model = build_model(run.cell, run.prepared.tokenizer.get_vocab_size(), "loop")
-    return np.asarray(model.apply({"params": run.params}, *model_inputs(batch)))
-
-
-def snippets(directory: Path, language: str) -> list[str]:
-    """The code blocks of a README.md."""
-    text = (directory / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
-
-
-def follow(directory: Path, image: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """Run the README.md's Python where it says, and return its names."""
-    monkeypatch.chdir(directory)
-    if not (directory / "PHOTO.jpg").exists():
-        shutil.copyfile(image, directory / "PHOTO.jpg")
-    [code] = snippets(directory, "python")
-    assert ASKED in code or not (directory / "config.json").exists()
-    code = code.replace(ASKED, QUESTION)
-    names: dict[str, Any] = {}
-    exec(code, names)
-    return names
-
-
-@pytest.mark.parametrize("name", ["pool", "mlp"])
-def test_a_run_is_a_llava_with_the_same_numbers(
-    name: str,
-    exported: Callable[[str], tuple[LoadedRun, Path]],
-    photo: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run, out = exported(name)
-    opened(Llava, out)
-    slots = run.cell.compressor.visual_tokens
-    capsys.readouterr()
-    names = follow(out, photo, monkeypatch)
-    wanted = answer_one(run, photo, QUESTION) + "\n"
-    assert capsys.readouterr().out == wanted
-    assert wanted.strip(), "an empty answer would show little"
-    [command] = snippets(out, "bash")
-    assert main(shlex.split(command.replace(ASKED, QUESTION))[1:]) == 0
-    assert capsys.readouterr().out == wanted
-
-    inputs = names["processor"](
-        images=Image.open(photo), text=f"<|user|><|image|>{QUESTION}<|assistant|>", return_tensors="pt"
-    )
-    ids = inputs["input_ids"][0].tolist()
-    template = run.prepared.template
-    assert ids == [template.user, *[template.image] * slots, *template.prompt(QUESTION)[1:]]
-    with torch.no_grad():
-        theirs = names["model"](**inputs).logits[0, 1 + slots :].numpy()
-    np.testing.assert_allclose(theirs, our_logits(run, photo)[0], atol=1e-4, rtol=0)
-    text = (out / "README.md").read_text()
-    assert f"compressor `{name}`" in text
-    assert f"takes {slots} tokens" in text
-
-
-@pytest.mark.parametrize("name", ["pool", "mlp"])
-def test_a_run_comes_back_the_same_and_says_the_same(
-    name: str,
-    exported: Callable[[str], tuple[LoadedRun, Path]],
-    photo: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run, out = exported(name)
-    described, params = ours(out)
-    assert described.llava.compressor == name
-    assert described.llava.visual_tokens == run.cell.compressor.visual_tokens
-    for part in ("decoder", "compressor"):
-        assert tree.sha256(params[part]) == tree.sha256(run.params[part])
-    shipped = load_tower(run.prepared.path / "tower.safetensors", run.cell.tower.name)
-    assert tree.sha256(params["tower"]) == tree.sha256(shipped)
-
-    longest = str(run.cell.evaluate.max_new_tokens)
-    words = ["--image", str(photo), "--max-new-tokens", longest, "--prompt"]
-    capsys.readouterr()
-    assert main(["generate", "--run", str(run.path), *words, QUESTION]) == 0
-    wanted = capsys.readouterr().out
-    assert main(["generate", "--model", str(out), *words, f"<|user|><|image|>{QUESTION}<|assistant|>"]) == 0
-    assert capsys.readouterr().out == wanted
-
-
-@pytest.mark.parametrize("mode", ["resize", "pad", "crop"])
-def test_pictures_are_prepared_as_in_the_run(
-    mode: str, exported: Callable[[str], tuple[LoadedRun, Path]], photo: Path, tmp_path: Path
-) -> None:
-    run, _ = exported("pool")
-    changed = dataclasses.replace(run.cell.data, image_mode=mode)
-    run = dataclasses.replace(run, cell=dataclasses.replace(run.cell, data=changed))
-    export_run(run, tmp_path / "out", None)
-    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
-    theirs = processor(Image.open(photo), return_tensors="np")["pixel_values"][0]
-    wanted = pixels_of(decode_image(photo, target=48), run.cell)
-    np.testing.assert_allclose(theirs.transpose(1, 2, 0), wanted, atol=1e-6)
-
-
-def test_a_run_with_another_compressor_is_its_parts(
-    exported: Callable[[str], tuple[LoadedRun, Path]],
-    photo: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    """A run whose compressor was exchanged for one with random numbers, which saves a training."""
-    run, _ = exported("pool")
-    cell = dataclasses.replace(run.cell, compressor=CompressorConfig("tokenpacker", 4))
-    rng = np.random.default_rng(0)
-    shapes = abstract_params(cell, run.prepared.tokenizer.get_vocab_size())["compressor"]
-    drawn = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), nn.meta.unbox(shapes))
-    run = dataclasses.replace(run, cell=cell, params=run.params | {"compressor": drawn})
-    out = tmp_path / "out"
-    export_run(run, out, None)
-    names = follow(out, photo, monkeypatch)
-    opened(transformers.AutoModelForCausalLM, out / "llm")
-    opened(transformers.SiglipVisionModel, out / "tower")
-    assert tree.sha256(tree.load(out / "compressor.safetensors")) == tree.sha256(run.params["compressor"])
-    assert tree.sha256(ours(out / "llm")[1]) == tree.sha256(run.params["decoder"])
-    assert names["compressor"].keys() == tree.flatten(run.params["compressor"]).keys()
-    text = (out / "README.md").read_text()
-    assert "compressor `tokenpacker`" in text
-    assert "4 times" in text
-
-    processor = transformers.AutoImageProcessor.from_pretrained(out / "tower", backend="pil")
-    pixels = processor(Image.open(photo), return_tensors="pt")["pixel_values"]
-    with torch.no_grad():
-        hidden = names["tower"](pixels, output_hidden_states=True).hidden_states
-    weights = load_tower(run.prepared.path / "tower.safetensors", run.cell.tower.name)
-    wanted = encode_images(
-        run.cell.tower.name, weights, jax.numpy.asarray(pixels.numpy().transpose(0, 2, 3, 1)), True
-    )
-    assert "reads number 4 of its `hidden_states`, and numbers 1, 2, 3, 4 side by" in text
-    np.testing.assert_allclose(hidden[4].numpy(), wanted["selected"], atol=1e-4)
-    levels = torch.cat([hidden[i] for i in (1, 2, 3, 4)], -1).numpy()
-    np.testing.assert_allclose(levels, wanted["levels"], atol=1e-4)
-
-    export_run(run, tmp_path / "half", "bfloat16")
-    half = tree.load(tmp_path / "half" / "compressor.safetensors")
-    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {np.dtype(ml_dtypes.bfloat16)}
-    assert opened(transformers.AutoModelForCausalLM, tmp_path / "half" / "llm").dtype == torch.bfloat16
-
-
-def test_a_blind_run_is_a_language_model(
-    exported: Callable[[str], tuple[LoadedRun, Path]],
-    monkeypatch: pytest.MonkeyPatch,
-    photo: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    run, out = exported("blind")
-    opened(transformers.AutoModelForCausalLM, out)
-    assert tree.sha256(ours(out)[1]) == tree.sha256(run.params["decoder"])
-    wanted = answer_one(run, None, QUESTION) + "\n"
-    capsys.readouterr()
-    follow(out, photo, monkeypatch)
-    assert capsys.readouterr().out == wanted
-    [command] = snippets(out, "bash")
-    assert main(shlex.split(command.replace(ASKED, QUESTION))[1:]) == 0
-    assert capsys.readouterr().out == wanted
-    assert not [path.name for path in out.iterdir() if "processor" in path.name]
-
-
-def test_a_run_as_bfloat16(exported: Callable[[str], tuple[LoadedRun, Path]], tmp_path: Path) -> None:
-    run, out = exported("mlp")
-    export_run(run, tmp_path / "half", "bfloat16")
-    half = opened(Llava, tmp_path / "half")
-    same(opened(Llava, out).to(torch.bfloat16).state_dict(), half.state_dict())
-    assert half.dtype == torch.bfloat16
+    assert sorted(tmp_path.rglob("*")) == before

@@ -140,9 +140,15 @@ def _add_generate(commands: Any) -> None:
     )
     generate.add_argument("--max-new-tokens", type=int, help="longest answer (default 32; --run: its own)")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    generate.add_argument("--top-p", type=float, default=1.0, help="nucleus to sample from (default all)")
-    generate.add_argument("--seed", type=int, default=0, help="of sampling (default %(default)s)")
+    generate.add_argument("--top-p", type=float, help="nucleus to sample from (default all)")
+    generate.add_argument("--seed", type=int, help="of sampling (default 0)")
     generate.add_argument("--dtype", choices=_DTYPES, help="default float32 on CPU, else bfloat16 (--model)")
+    generate.add_argument(
+        "--attention",
+        choices=("xla", "cudnn", "splash"),
+        default="xla",
+        help="backend of tower and prefill (--model): xla anywhere (default), cudnn GPU, splash TPU",
+    )
     generate.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else on stdout"
     )
@@ -159,7 +165,9 @@ def _add_convert(commands: Any) -> None:
     source = convert.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="a trained run")
     source.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face directory")
-    convert.add_argument("--out", type=Path, required=True, help="directory to write, without weights so far")
+    convert.add_argument(
+        "--out", type=Path, required=True, help="directory to write; nothing in it is replaced"
+    )
     convert.add_argument(
         "--part", choices=("all", "llm", "tower"), default="all", help="one part of a LLaVA (--model)"
     )
@@ -338,41 +346,68 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     longest = arguments.max_new_tokens
     if longest is not None and longest < 1:
         raise UserError(f"--max-new-tokens={longest}: must be above 0")
-    sampling = Sampling(arguments.temperature, arguments.top_p, arguments.seed)
+    sampled = arguments.seed is not None or arguments.top_p is not None
+    if sampled and arguments.temperature == 0:
+        raise UserError("--seed and --top-p go with --temperature above 0; without it answers are greedy")
+    seed = arguments.seed or 0
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed={seed}: must be 0 or above and below 2**32")
+    sampling = Sampling(arguments.temperature, 1.0 if arguments.top_p is None else arguments.top_p)
     if arguments.model:
-        return _generate_pretrained(arguments, sampling)
+        return _generate_pretrained(arguments, sampling, seed)
     from vlmscale.evaluate.runner import answer_one, load_run
 
-    if arguments.dtype:
-        raise UserError("--dtype: goes with --model; a run answers in float32")
+    if arguments.dtype or arguments.attention != "xla":
+        raise UserError("--dtype and --attention go with --model; a run answers in float32")
     run = load_run(arguments.run_dir)
-    answer = answer_one(run, arguments.image, arguments.prompt, longest, sampling)
-    print(json.dumps({"prompt": arguments.prompt, "answer": answer}) if arguments.json else answer)
+    said = answer_one(run, arguments.image, arguments.prompt, longest, sampling, seed)
+    _show_answer(arguments, arguments.prompt, said)
     return 0
 
 
-def _generate_pretrained(arguments: argparse.Namespace, sampling: Any) -> int:
-    from vlmscale.evaluate.pretrained import answer, open_pretrained
-
-    prompt = arguments.prompt.replace(
-        "\\n", "\n"
-    )  # a shell's double quotes leave the two characters as they are
-    model = open_pretrained(arguments.model, dtype=arguments.dtype, progress=_progress())
-    print(f"{arguments.model}: {model.report}", file=sys.stderr)
-    said = answer(model, [prompt], [arguments.image], arguments.max_new_tokens or 32, sampling)[0]
+def _show_answer(arguments: argparse.Namespace, prompt: str, said: Any) -> None:
     if arguments.json:
         print(json.dumps({"prompt": prompt, "text": said.text, "token_ids": said.token_ids}))
     else:
         print(said.text)
+
+
+def _generate_pretrained(arguments: argparse.Namespace, sampling: Any, seed: int) -> int:
+    import jax
+
+    from vlmscale.evaluate.pretrained import answer_request, load_pretrained, make_request, read_prompter
+
+    prompt = arguments.prompt.replace("\\n", "\n")  # a shell's double quotes leave the two characters
+    prompter = read_prompter(arguments.model)
+    request = make_request(prompter, [prompt], [arguments.image], arguments.max_new_tokens or 32)
+    model = load_pretrained(
+        prompter, dtype=arguments.dtype, attention=arguments.attention, progress=_progress()
+    )
+    print(f"{arguments.model}: {model.report}", file=sys.stderr)
+    used = jax.tree.leaves(model.params)[0].sharding.mesh.size
+    if used < jax.device_count():
+        print(
+            f"uses {used} of {jax.device_count()} devices: it does not divide over all",
+            file=sys.stderr,
+        )
+    try:
+        said = answer_request(model, request, sampling, seed)[0]
+    except ValueError as error:  # of the attention backend: another platform or dtype than it needs
+        if arguments.attention == "xla":
+            raise
+        raise UserError(f"--attention {arguments.attention}: {error}") from error
+    _show_answer(arguments, prompt, said)
     return 0
 
 
 def _convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.convert import convert_directory, export_run
 
+    left: list[str] = []
     if arguments.model:
         report, written = convert_directory(arguments.model, arguments.out, arguments.part, arguments.dtype)
         print(f"{arguments.model}: {report}", file=sys.stderr)
+        left = report.not_copied
     else:
         from vlmscale.evaluate.runner import load_run
 
@@ -381,6 +416,8 @@ def _convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
         written = export_run(load_run(arguments.run_dir), arguments.out, arguments.dtype)
     for path in written:
         print(f"wrote {path}")
+    if left:
+        print(f"not copied: {', '.join(left)}", file=sys.stderr)
     return 0
 
 

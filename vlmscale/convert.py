@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -24,18 +23,21 @@ from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize
 from vlmscale.records import read_json
 from vlmscale.train.prepared import load_tower
 from vlmscale.weights import export, hf_config, tree
-from vlmscale.weights.checkpoint import Checkpoint, open_checkpoint
+from vlmscale.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
 from vlmscale.weights.directory import Description, describe
 from vlmscale.weights.load import Report, Source, account_for
 
 Files = dict[str, dict[str, Any] | str | Path]
 
 COMPRESSOR = "compressor.safetensors"
+_UNFINISHED = ".model-compressor.tmp"  # as `vlmscale.weights.checkpoint.TEMPORARY`: left only by a kill
+_TEMPLATES = "additional_chat_templates"
 # What is copied beside weights and config.json. README.md is the model card, or says how pooling is added.
 _TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -47,7 +49,18 @@ _TEXT_FILES = (
 _ALL_FILES = (*_TEXT_FILES, IMAGES, NESTED, "README.md", "LICENSE")
 
 
-def convert_directory(model: Path, out: Path, part: str, dtype: str | None) -> tuple[Report, list[Path]]:
+@dataclass
+class Converted(Report):
+    """What was found in a directory that was written anew.
+
+    Attributes:
+      not_copied: what else lies in it, where the whole was written: names, those of folders with a slash.
+    """
+
+    not_copied: list[str] = field(default_factory=list)
+
+
+def convert_directory(model: Path, out: Path, part: str, dtype: str | None) -> tuple[Converted, list[Path]]:
     """Check a Hugging Face directory against its config.json and write it, or one part of it, anew.
 
     The whole keeps every tensor under its name, the text half of a CLIP or SigLIP too. A part is a model of
@@ -56,31 +69,33 @@ def convert_directory(model: Path, out: Path, part: str, dtype: str | None) -> t
 
     Args:
       model: a LLaVA, decoder, tower, or whole CLIP or SigLIP directory.
-      out: a directory without weights.
-      part: "all"; "llm" or "tower" of a LLaVA; "tower" of a whole CLIP or SigLIP.
+      out: a directory that holds none of the files, and no weights.
+      part: "all"; "llm" or "tower" of a LLaVA; "tower" of a whole CLIP or SigLIP. A directory that is that
+        part alone is written whole.
       dtype: what floating point tensors are cast to; None keeps each as it is.
 
     Returns:
       What was found, and the files written.
 
     Raises:
-      UserError: a file or tensor is missing, damaged or unknown, the model has no such part, or `out` holds
-        weights or is a file.
+      UserError: a file or tensor is missing, damaged or unknown, the model has no such part, a number is too
+        large for `dtype`, or `out` holds one of the files or weights, is a run or no directory.
       OSError: the disk is full or read-only.
     """
     kind = None if dtype is None else np.dtype(jnp.dtype(dtype))
     with open_checkpoint(model) as checkpoint:
         described = describe(checkpoint, whole_tower=True)
+        if (described.kind, part) in (("decoder", "llm"), ("tower", "tower")) and not _has_halves(described):
+            part = "all"
         config, names = _part(checkpoint, described, part)
-        export.refuse_taken(out)
+        files = _tower_files(model) if part == "tower" else _copies(model, part)
+        report = Converted(not_copied=_not_copied(checkpoint, files) if part == "all" else [])
         shapes = flatten_dict(nn.meta.unbox(described.boxed), sep="/")
-        report = Report()
         report.loaded = sorted(account_for(Source(checkpoint, described.table), shapes, report))
         report.num_params = sum(int(np.prod(leaf.shape)) for leaf in shapes.values())
         if part != "all" and kind is None:
             kind = _only_dtype(checkpoint, names.values())
         tensors = ((name, checkpoint.read(stored)) for name, stored in names.items())
-        files = _tower_files(model) if part == "tower" else _copies(model, part)
         return report, export.write_directory(out, config, tensors, files, kind)
 
 
@@ -93,8 +108,7 @@ def _part(checkpoint: Checkpoint, described: Description, part: str) -> tuple[di
     config, llava = described.config, described.llava
     if part == "all":
         return config, {name: name for name in checkpoint.tensors}
-    whole = "vision_config" in config  # a LLaVA, or a CLIP or SigLIP with its text half
-    if not whole and llava is None:
+    if llava is None and not _has_halves(described):
         raise UserError(f"{checkpoint.directory}: is a {described.kind} alone; leave --part away")
     if part == "llm" and llava is None:
         raise UserError(f"{checkpoint.directory}: is a two-tower model, which has no LLM; take --part tower")
@@ -121,6 +135,11 @@ def _part(checkpoint: Checkpoint, described: Description, part: str) -> tuple[di
     return made, names
 
 
+def _has_halves(described: Description) -> bool:
+    """Whether it is a LLaVA, or a CLIP or SigLIP with its text half."""
+    return "vision_config" in described.config
+
+
 def _under(prefix: str, to: str, names: dict[str, str]) -> dict[str, str]:
     """The tensors below a prefix, with another one; old files also hold buffers, which are computed."""
     return {
@@ -139,7 +158,24 @@ def _only_dtype(checkpoint: Checkpoint, names: Iterable[str]) -> np.dtype | None
 
 def _copies(model: Path, part: str) -> Files:
     names = _TEXT_FILES if part == "llm" else _ALL_FILES
-    return {name: model / name for name in names if (model / name).is_file()}
+    templates = sorted((model / _TEMPLATES).glob("*.jinja"))
+    plain = {name: model / name for name in names if (model / name).is_file()}
+    return {**plain, **{f"{_TEMPLATES}/{path.name}": path for path in templates}}
+
+
+def _not_copied(checkpoint: Checkpoint, files: Files) -> list[str]:
+    """What lies in the directory beside its config.json, its weights and these files.
+
+    Hidden names are left out: they are of git or of the hub's cache.
+    """
+    directory = checkpoint.directory
+    known = {"config.json", INDEX, *(Path(name).parts[0] for name in files)}
+    known |= {tensor.file.relative_to(directory).parts[0] for tensor in checkpoint.tensors.values()}
+    return sorted(
+        path.name + "/" * path.is_dir()
+        for path in directory.iterdir()
+        if path.name not in known and not path.name.startswith(".")
+    )
 
 
 def _tower_files(model: Path) -> Files:
@@ -163,17 +199,17 @@ def export_run(run: LoadedRun, out: Path, dtype: str | None) -> list[Path]:
 
     Args:
       run: trained.
-      out: a directory without weights.
+      out: a directory that holds none of the files, and no weights.
       dtype: of the tensors; None for float32, as trained.
 
     Returns:
       The files written.
 
     Raises:
-      UserError: `out` holds weights already, or is a file.
+      UserError: `out` holds one of the files or weights, is a run or no directory; a number is too large for
+        `dtype`.
       OSError: the disk is full or read-only.
     """
-    export.refuse_taken(out)
     kind = np.dtype(jnp.dtype(dtype or "float32"))
     template, compressor = run.prepared.template, run.cell.compressor
     size = replace(SIZES[run.cell.llm.name], vocab_size=run.prepared.tokenizer.get_vocab_size())
@@ -226,23 +262,32 @@ def _export_llava(
 def _export_parts(
     run: LoadedRun, tower: dict[str, Any], out: Path, config: dict[str, Any], text: Files, kind: np.dtype
 ) -> list[Path]:
-    size, params = TOWERS[run.cell.tower.name], run.params
-    export.refuse_taken(out, [COMPRESSOR])
-    for part in ("llm", "tower"):
-        export.refuse_taken(out / part)
-    written = export.write_directory(
-        out / "llm", config, export.decoder_tensors(params["decoder"]), text, kind
-    )
-    described = hf_config.tower_config(size, export.num_blocks(tower))
-    tensors = export.tower_tensors(tower, size.style)
-    written += export.write_directory(out / "tower", described, tensors, _picture_files(run), kind)
-    export.write_text(out / "README.md", model_card.of_parts(run))
-    tree.save(
-        out / COMPRESSOR,
-        jax.tree.map(lambda leaf: np.asarray(leaf).astype(kind), params["compressor"]),
-        {"compressor": run.cell.compressor.name, "visual_tokens": str(run.cell.compressor.visual_tokens)},
-    )
-    return [*written, out / "README.md", out / COMPRESSOR]
+    size, params, pictures = TOWERS[run.cell.tower.name], run.params, _picture_files(run)
+    held = {"llm": text, "tower": pictures}
+    names = [f"{part}/{name}" for part in held for name in (*held[part], "config.json", *export.WEIGHT_NAMES)]
+    export.refuse_taken(out, [*names, "README.md", COMPRESSOR])  # all, before the first is written
+    compressor = {
+        name: export.cast(name, leaf, kind) for name, leaf in tree.flatten(params["compressor"]).items()
+    }
+    with export.whole_or_nothing(out) as written:
+        tensors = export.decoder_tensors(params["decoder"])
+        written += export.write_directory(out / "llm", config, tensors, text, kind)
+        described = hf_config.tower_config(size, export.num_blocks(tower))
+        tensors = export.tower_tensors(tower, size.style)
+        written += export.write_directory(out / "tower", described, tensors, pictures, kind)
+        written.append(out / "README.md")
+        export.write_text(out / "README.md", model_card.of_parts(run))
+        written.append(out / COMPRESSOR)
+        about = {
+            "compressor": run.cell.compressor.name,
+            "visual_tokens": str(run.cell.compressor.visual_tokens),
+        }
+        try:
+            tree.save(out / _UNFINISHED, compressor, about)
+            (out / _UNFINISHED).replace(out / COMPRESSOR)
+        finally:
+            (out / _UNFINISHED).unlink(missing_ok=True)
+    return written
 
 
 def _picture_files(run: LoadedRun) -> Files:

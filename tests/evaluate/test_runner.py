@@ -157,8 +157,9 @@ def test_generate_prints_one_json_object_alone(
         assert out.count("\n") == 1
         told = json.loads(out)
         assert told["prompt"] == "Number?"
-        assert isinstance(told["answer"], str)
-        answers.append(told["answer"])
+        assert isinstance(told["text"], str)
+        assert all(isinstance(token, int) for token in told["token_ids"])
+        answers.append(told["text"])
     assert main(["generate", "--run", str(run), "--prompt", "Number?", "--image", str(image)]) == 0
     assert capsys.readouterr().out == answers[1] + "\n"
 
@@ -169,7 +170,7 @@ def test_a_picture_gets_the_answer_that_evaluation_gave(run: Path, tmp_path: Pat
     image = tmp_path / "scene.png"
     Image.fromarray(scenes.draw(drawn[2])).save(image)
     [item] = [i for i in lines(run / "answers" / "read.jsonl") if i["id"].startswith("test/000002-")]
-    assert answer_one(load_run(run), image, item["question"]) == item["answer"]
+    assert answer_one(load_run(run), image, item["question"]).text == item["answer"]
 
 
 def test_gold_history_puts_true_turns_before_a_question(loaded: LoadedRun) -> None:

@@ -268,38 +268,36 @@ def header(text: str, length: int | None = None) -> bytes:
     return struct.pack("<Q", len(text) if length is None else length) + text.encode()
 
 
+NO_SAFETENSORS = [
+    cut,
+    *(put(ONE, content) for content in (b"", header("garbage!"), header("{}", 9999), header("{}", 2**62))),
+    put(ONE, header(json.dumps({"x": ENTRY})) + bytes(12)),
+]
+NO_MAPS = ["[]", '{"weight_map": []}', '{"weight_map": {}}', '{"weight_map": {"a": 1}}']
+OUTSIDE = ["y/../../x.safetensors", "..\\x.safetensors", "/etc/x.safetensors", "C:x.safetensors"]
+
+
 @pytest.mark.parametrize(
     "damage, said",
     [
-        (cut, f"{ONE}: cannot be read as safetensors .*again"),
-        (put(ONE, b""), f"{ONE}: cannot be read as safetensors .*again"),
-        (put(ONE, header("garbage!")), f"{ONE}: cannot be read as safetensors .*again"),
-        (put(ONE, header("{}", 9999)), f"{ONE}: cannot be read as safetensors .*again"),
-        (put(ONE, header("{}", 2**62)), f"{ONE}: cannot be read as safetensors .*again"),
-        (
-            put(ONE, header(json.dumps({"x": ENTRY})) + bytes(12)),
-            f"{ONE}: cannot be read as safetensors .*again",
-        ),
+        *((damage, f"{ONE}: cannot be read as safetensors .*again") for damage in NO_SAFETENSORS),
         (put(ONE, LFS), f"{ONE}: .*git lfs pull"),
         (put(INDEX, LFS), f"{INDEX}: .*git lfs pull"),
         (put(INDEX, b"\xff"), f"{INDEX}: cannot be read as JSON"),
         (put(INDEX, '{"weight_map": {"a": '), f"{INDEX}: cannot be read as JSON"),
         (put(INDEX, "[" * 10**6), f"{INDEX}: cannot be read as JSON"),
-        (put(INDEX, "[]"), f"{INDEX}: has no weight_map"),
-        (put(INDEX, '{"weight_map": []}'), f"{INDEX}: has no weight_map"),
-        (put(INDEX, '{"weight_map": {}}'), f"{INDEX}: has no weight_map"),
-        (put(INDEX, '{"weight_map": {"a": 1}}'), f"{INDEX}: has no weight_map"),
+        *((put(INDEX, text), f"{INDEX}: has no weight_map") for text in NO_MAPS),
         (lambda directory: (directory / TWO).unlink(), f"{INDEX}: names {TWO}, which is not there; download"),
         (edit_index(lost=ONE), f"{INDEX}: says that tensor lost is in {ONE}, but no file has it; "),
         (edit_index(a=TWO), f"{INDEX}: says that tensor a is in {TWO}, but {ONE} has it; "),
         (twice, f"tensor a is in {ONE} and in {TWO}"),
         (edit_index(a="../x.safetensors"), r"names '\.\./x\.safetensors'.*do not trust"),
-        (edit_index(a="y/../../x.safetensors"), "do not trust"),
-        (edit_index(a="..\\x.safetensors"), "do not trust"),
-        (edit_index(a="/etc/x.safetensors"), "do not trust"),
-        (edit_index(a="C:x.safetensors"), "do not trust"),
+        *((edit_index(a=name), "do not trust") for name in OUTSIDE),
         (edit_index(a="pytorch_model.bin"), "only .safetensors files"),
-        (lambda directory: (directory / INDEX).unlink(), f"has {ONE}, {TWO}, but neither"),
+        (
+            lambda directory: (directory / INDEX).unlink(),
+            f"has {ONE}, {TWO}, but neither.*cut off, run it again",
+        ),
     ],
 )
 def test_damaged_directories_are_a_users_error(
@@ -325,7 +323,12 @@ def test_damaged_directories_are_a_users_error(
             r"\(pytorch_model\.bin\), which are never opened.*save_pretrained",
         ),
         ([f"consolidated.{i:02d}.pth" for i in range(5)], r"consolidated\.02\.pth and 2 more\)"),
-        (["adapter_model.safetensors", "a.bin"], "has adapter_model.safetensors, but neither"),
+        (
+            ["model.fp16.safetensors"],
+            r"has model\.fp16\.safetensors, but neither model\.safet.*rename the file",
+        ),
+        (["adapter_config.json", "adapter_model.safetensors"], "is an adapter .*merge it into its base"),
+        (["adapter_config.json", "pytorch_model.bin"], "has only pickle"),
     ],
 )
 def test_directories_without_weights_say_what_to_do(tmp_path: Path, names: list[str], said: str) -> None:

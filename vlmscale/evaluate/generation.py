@@ -18,6 +18,9 @@ from vlmscale.models.vlm import VLM
 from vlmscale.train.step import Params, features_of
 
 Generate = Callable[..., jax.Array]
+_COLDEST = 1e-4  # below it logits over the temperature could overflow
+# Number of the next token, the last one, answers so far, cache, tokens said so far.
+_Carry = tuple[jax.Array, jax.Array, jax.Array, KVCache, jax.Array]
 
 
 @dataclass(frozen=True)
@@ -25,33 +28,59 @@ class Sampling:
     """How the next token is chosen. Temperature 0 is greedy.
 
     Otherwise: logits over the temperature, then of the most likely tokens the fewest that together have
-    probability `top_p` (transformers' order of the two). Rows draw from streams of their own.
+    probability `top_p` (transformers' order of the two). Rows draw from streams of their own. Before either,
+    logits of tokens that the prompt or the answer holds are divided (below 0: multiplied) by
+    `repetition_penalty` (arXiv 1909.05858, section 4.1), as some checkpoints ask for.
 
     Raises:
-      UserError: temperature below 0, top_p not in (0, 1], or a seed below 0.
+      UserError: a temperature that is neither 0 nor sensible, top_p not in (0, 1], or a penalty not above 0.
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
-    seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature={self.temperature}: must be 0 (greedy) or above, and finite")
+        if self.temperature != 0 and not _COLDEST <= self.temperature < math.inf:
+            raise UserError(
+                f"temperature={self.temperature}: must be 0 (greedy), or {_COLDEST} or above, and finite"
+            )
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p}: must be above 0 and at most 1")
-        if self.seed < 0:
-            raise UserError(f"seed={self.seed}: must not be negative")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(f"repetition_penalty={self.repetition_penalty}: must be above 0 and finite")
 
 
 GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said: its text, and the new ids with the stop token, if there was one."""
+
+    text: str
+    token_ids: list[int]
+
+
+def check_prompt(prompt: str) -> None:
+    """Refuse a prompt that is empty or no text.
+
+    Raises:
+      UserError: saying which.
+    """
+    if not prompt.strip():
+        raise UserError("--prompt is empty")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("--prompt is not UTF-8") from None
 
 
 @functools.lru_cache(maxsize=64)  # the same arguments, the same compiled function
 def make_generate(
     model: VLM, max_new_tokens: int, stop_ids: tuple[int, ...], sampling: Sampling = GREEDY
 ) -> Generate:
-    """A jitted function from (params, prompt batch) to answer ids [B, max_new_tokens].
+    """A jitted function from (params, prompt batch[, seed]) to answer ids [B, max_new_tokens].
 
     The prompt batch holds tokens, image_slots and valid [B, T] (right-padded) and, unless the model is
     blind, the tower outputs. Behind the first of its `stop_ids` a row repeats it. Rows do not see each
@@ -62,14 +91,22 @@ def make_generate(
       max_new_tokens: length of every row.
       stop_ids: any of them ends a row; empty for rows of full length.
       sampling: greedy unless told otherwise.
+
+    Raises:
+      UserError: max_new_tokens below 1.
     """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}: must be above 0")
     stops = np.array(stop_ids, np.int32)
 
     def ended(token: jax.Array) -> jax.Array:
         return jnp.any(token[:, None] == stops, axis=1)
 
+    def note(said: jax.Array, token: jax.Array) -> jax.Array:
+        return said.at[jnp.arange(len(token)), token].set(True)
+
     @jax.jit
-    def generate(params: Params, batch: dict[str, jax.Array]) -> jax.Array:
+    def generate(params: Params, batch: dict[str, jax.Array], seed: int = 0) -> jax.Array:
         rows, length = batch["tokens"].shape
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
         logits, cache = model.apply(
@@ -83,16 +120,20 @@ def make_generate(
             method="prefill",
         )
         prompt_length = jnp.sum(batch["valid"], axis=1)
-        keys = jax.random.split(jax.random.key(sampling.seed), rows)
-        token = choose(logits, keys, jnp.int32(0), sampling)
+        keys = jax.random.split(jax.random.key(seed), rows)
+        said = (
+            _said(batch, model.vocab_size) if sampling.repetition_penalty != 1 else jnp.zeros((rows, 0), bool)
+        )
+        token = choose(penalise(logits, said, sampling), keys, jnp.int32(0), sampling)
         answers = jnp.zeros((rows, max_new_tokens), jnp.int32).at[:, 0].set(token)
 
-        def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array, KVCache]) -> jax.Array:
-            index, token, _, _ = carry
+        def unfinished(carry: _Carry) -> jax.Array:
+            index, token, *_ = carry
             return (index < max_new_tokens) & ~jnp.all(ended(token))
 
-        def one_more(carry: tuple[jax.Array, jax.Array, jax.Array, KVCache]) -> tuple:
-            index, token, answers, cache = carry
+        def one_more(carry: _Carry) -> _Carry:
+            index, token, answers, cache, said = carry
+            said = note(said, token) if said.size else said
             logits, cache = model.apply(
                 {"params": params},
                 token,
@@ -101,15 +142,39 @@ def make_generate(
                 length + index - 1,
                 method="decode",
             )
-            token = jnp.where(ended(token), token, choose(logits, keys, index, sampling))
-            return index + 1, token, answers.at[:, index].set(token), cache
+            chosen = choose(penalise(logits, said, sampling), keys, index, sampling)
+            token = jnp.where(ended(token), token, chosen)
+            return index + 1, token, answers.at[:, index].set(token), cache, said
 
-        count, token, answers, _ = jax.lax.while_loop(
-            unfinished, one_more, (jnp.int32(1), token, answers, cache)
+        count, token, answers, *_ = jax.lax.while_loop(
+            unfinished, one_more, (jnp.int32(1), token, answers, cache, said)
         )
         return jnp.where(jnp.arange(max_new_tokens) < count, answers, token[:, None])
 
     return generate
+
+
+def _said(batch: dict[str, jax.Array], vocab_size: int) -> jax.Array:
+    """Which tokens each prompt holds: [B, vocab] bool."""
+    tokens, rows = batch["tokens"], jnp.arange(batch["tokens"].shape[0])[:, None]
+    return jnp.zeros((tokens.shape[0], vocab_size), bool).at[rows, tokens].max(batch["valid"])
+
+
+def penalise(logits: jax.Array, said: jax.Array, sampling: Sampling) -> jax.Array:
+    """Make tokens less likely that were said before.
+
+    Args:
+      logits: float32 [B, vocab].
+      said: [B, vocab] bool; not looked at where the penalty is 1.
+      sampling: with the penalty.
+
+    Returns:
+      [B, vocab].
+    """
+    penalty = sampling.repetition_penalty
+    if penalty == 1:
+        return logits
+    return jnp.where(said, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def choose(logits: jax.Array, keys: jax.Array, index: jax.Array, sampling: Sampling) -> jax.Array:

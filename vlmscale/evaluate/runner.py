@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from vlmscale import __version__
@@ -19,7 +18,15 @@ from vlmscale.cost import flops
 from vlmscale.data.images import ImageError, decode_image
 from vlmscale.data.records import Record, Turn
 from vlmscale.errors import UserError
-from vlmscale.evaluate.generation import GREEDY, Sampling, answer_length, make_generate, prompt_batch
+from vlmscale.evaluate.generation import (
+    GREEDY,
+    Answer,
+    Sampling,
+    answer_length,
+    check_prompt,
+    make_generate,
+    prompt_batch,
+)
 from vlmscale.evaluate.scoring import SCORERS
 from vlmscale.models.decoder import unstack
 from vlmscale.models.sizes import SIZES, TOWERS
@@ -260,18 +267,14 @@ def answer_one(
     prompt: str,
     max_new_tokens: int | None = None,
     sampling: Sampling = GREEDY,
-) -> str:
+    seed: int = 0,
+) -> Answer:
     """Answer to one question about one picture; greedy and of the run's own length unless told otherwise.
 
     Raises:
       UserError: a prompt that is empty or no text, or a picture that cannot be read.
     """
-    if not prompt.strip():
-        raise UserError("--prompt is empty")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        raise UserError("--prompt is not UTF-8") from None
+    check_prompt(prompt)
     cell, template = run.cell, run.prepared.template
     ids = template.prompt(prompt.strip())
     slots = cell.compressor.visual_tokens
@@ -283,11 +286,14 @@ def answer_one(
             pixels[0] = pixels_of(decode_image(image, target=tower.image_size), cell)
         except (ImageError, OSError) as error:
             raise UserError(f"{image}: {error}") from error
+        if not slots:
+            raise UserError(f"{run.path}: was trained without pictures; leave --image away")
     if slots:
         levels = COMPRESSORS[cell.compressor.name].needs_levels
         weights = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name, levels)
-        batch |= encode_images(cell.tower.name, weights, jnp.asarray(pixels), levels)
+        batch |= jax.jit(encode_images, static_argnums=(0, 3))(cell.tower.name, weights, pixels, levels)
     model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop")
     longest = max_new_tokens or cell.evaluate.max_new_tokens
-    answer = make_generate(model, longest, (template.end,), sampling)(run.params, batch)
-    return template.decode(np.asarray(answer)[0].tolist())
+    generate = make_generate(model, longest, (template.end,), sampling)
+    row = np.asarray(generate(run.params, batch, np.uint32(seed)))[0].tolist()
+    return Answer(template.decode(row), row[: answer_length(row, (template.end,))])

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlmscale.attention import attend, rotate
+from vlmscale.attention import attend, rotate, split_rows
 from vlmscale.layers import Axes, Linear, RMSNorm, named
 from vlmscale.models.sizes import DecoderSize
 
@@ -59,12 +59,14 @@ class Block(nn.Module):
         self.up = linear(size.mlp_width, ("mlp", "embed"))
         self.down = linear(size.width, ("embed", "mlp"), weight_init=residual)
 
-    def __call__(self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> tuple[jax.Array, None]:
+    def __call__(
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, None]:
         """x [B, T, D] behind one more layer; causal inside each segment. The None is for the scan."""
         return self.prefill(x, positions, segment_ids)[0], None
 
     def prefill(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array
+        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """As `__call__`, and the keys and values [B, K, T, D] for the cache."""
         q, k, v = self._heads(x, positions)
@@ -98,9 +100,9 @@ class Block(nn.Module):
         return rotate(q, positions, size.rope_theta), rotate(k, positions, size.rope_theta), v
 
     def _finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
-        x = x + self.o(mixed.reshape(*x.shape[:2], -1))
+        x = split_rows(x + self.o(mixed.reshape(*x.shape[:2], -1)))
         h = self.mlp_norm(x)
-        return x + self.down(nn.silu(self.gate(h)) * self.up(h))
+        return split_rows(x + self.down(nn.silu(self.gate(h)) * self.up(h)))
 
 
 class Decoder(nn.Module):
@@ -110,6 +112,7 @@ class Decoder(nn.Module):
     code path. Two layouts of the same parameters: "scan" stacks those of all layers under `layers` and
     compiles one layer, for training; "loop" has `layers_0`, `layers_1`, ..., which generation needs: a
     scan would copy every weight out of its stack for every token. `unstack` leads from one to the other.
+    `attention` is the backend of training and prefill; a cache is always attended to with "xla".
     """
 
     size: DecoderSize
@@ -121,6 +124,8 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         """Declare the parameters."""
+        if self.remat not in REMAT:
+            raise ValueError(f"decoder remat {self.remat}: one of {', '.join(REMAT)}")
         table = (self.vocab_size, self.size.width)
         init = named(nn.initializers.normal(self.size.width**-0.5), ("vocab", "embed"))
         self.embedding = self.param("embedding", init, table, jnp.float32)
@@ -144,15 +149,17 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Token ids [B, T] to embeddings [B, T, D]."""
-        return self.embedding[tokens].astype(self.dtype)
+        return split_rows(self.embedding[tokens].astype(self.dtype))
 
-    def __call__(self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    def __call__(
+        self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+    ) -> jax.Array:
         """Final hidden states, after the last norm.
 
         Args:
           embeddings: [B, T, D].
           positions: [B, T] int32, counted inside each segment.
-          segment_ids: [B, T] int32, 0 where there is padding.
+          segment_ids: [B, T] int32, 0 where there is padding; None for rows of one segment and none.
 
         Returns:
           [B, T, D].
@@ -163,7 +170,7 @@ class Decoder(nn.Module):
         return self.final_norm(x)
 
     def hidden_states(
-        self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array
+        self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
     ) -> list[jax.Array]:
         """As `__call__`, but all states, in the "loop" layout: entry i < L is the input of layer i.
 
@@ -188,10 +195,11 @@ class Decoder(nn.Module):
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache.
         """
-        x, segment_ids, layers = embeddings, valid.astype(jnp.int32), []
+        x, layers = embeddings, []
         free = slots - valid.shape[1]
         for layer in self.layers:
-            x, new = layer.prefill(x, positions, segment_ids)
+            # Padding stands behind the prompt, so that causal order alone hides it.
+            x, new = layer.prefill(x, positions, None)
             layers.append(tuple(jnp.pad(heads, ((0, 0), (0, 0), (0, free), (0, 0))) for heads in new))
         k, v = zip(*layers, strict=True)
         return self.final_norm(x), KVCache(k, v, jnp.pad(valid, ((0, 0), (0, free))))

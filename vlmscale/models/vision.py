@@ -91,6 +91,7 @@ class Attention(nn.Module):
 
     num_heads: int
     dtype: jnp.dtype
+    backend: str = "xla"
 
     @nn.compact
     def __call__(
@@ -117,7 +118,7 @@ class Attention(nn.Module):
         weights = attention_weights(q, k) if weigh else None
         if not mix:
             return None, weights
-        mixed = attend(q, k, project(keys, "v"), None).reshape(queries.shape)
+        mixed = attend(q, k, project(keys, "v"), backend=self.backend).reshape(queries.shape)
         return dense(width, "o", self.dtype, ("heads", "embed"))(mixed), weights
 
 
@@ -149,6 +150,7 @@ class EncoderBlock(nn.Module):
 
     size: TowerSize
     dtype: jnp.dtype
+    attention: str
 
     @nn.compact
     def __call__(
@@ -167,7 +169,8 @@ class EncoderBlock(nn.Module):
         """
         size = self.size
         h = LayerNorm(size.norm_eps, self.dtype, name="attention_norm")(x)
-        mixed, weights = Attention(size.num_heads, self.dtype, name="attention")(h, h, run, weigh)
+        attention = Attention(size.num_heads, self.dtype, self.attention, name="attention")
+        mixed, weights = attention(h, h, run, weigh)
         if mixed is None:
             return None, weights
         x = x + mixed
@@ -179,11 +182,13 @@ class VisionTower(nn.Module):
     """A ViT that returns the hidden states and attention weights asked for.
 
     Blocks that none of them needs are neither run nor declared. The residual stream is in `dtype`; norms,
-    softmax and the resizing of positions are float32.
+    softmax and the resizing of positions are float32. `attention` is the backend that mixes values; weights
+    that are asked for are computed beside it.
     """
 
     size: TowerSize
     dtype: jnp.dtype = jnp.float32
+    attention: str = "xla"
 
     @nn.compact
     def __call__(
@@ -227,7 +232,7 @@ class VisionTower(nn.Module):
         return TowerOutputs({i: hidden[i] for i in layers}, {i: attention[i] for i in attention_layers})
 
     def _block(self, index: int) -> EncoderBlock:
-        return EncoderBlock(self.size, self.dtype, name=f"block_{index}")
+        return EncoderBlock(self.size, self.dtype, self.attention, name=f"block_{index}")
 
     def _embed(self, images: jax.Array) -> jax.Array:
         """The input of the first block: [B, H, W, 3] to [B, T, C]."""

@@ -45,11 +45,16 @@ class VLM(nn.Module):
 
         Returns:
           [B, T, D].
+
+        Raises:
+          ValueError: the features give another number of tokens than the model's.
         """
         embeddings = self.decoder.embed(tokens)
         if not self.visual_tokens or features is None:
             return embeddings
         visual, _ = self.compressor(features, None)
+        if visual.shape[1] != self.visual_tokens:
+            raise ValueError(f"the image gives {visual.shape[1]} tokens, the model has {self.visual_tokens}")
         return splice(embeddings, visual, image_slots)
 
     def __call__(

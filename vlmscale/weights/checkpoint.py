@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
@@ -24,6 +25,7 @@ from vlmscale.errors import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+TEMPORARY = ".model-*.tmp"  # what unfinished files are called; only a killed process leaves them
 PYTORCH: Mapping[str, str] = MappingProxyType({"format": "pt"})  # as transformers writes and expects it
 
 # What is read and written, in the order in which the safetensors library lays tensors out: the widest first,
@@ -35,6 +37,7 @@ _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _KNOWN = ", ".join(_NAMES)
 UNREADABLE = np.dtype("V")  # stands for a type that is not in the table, such as F8_E4M3
 _AGAIN = "download or save the model again"
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 class Tensor(NamedTuple):
@@ -197,16 +200,24 @@ def _what_is_there(directory: Path) -> str:
     names = sorted(path.name for path in directory.iterdir())
     for name in sorted({WEIGHTS, INDEX} & set(names)):  # yet neither is_file()
         return f"{name} is no file, or a link to one that is not there; {_AGAIN}"
-    if found := [name for name in names if name.endswith(".safetensors")]:
+    found = [name for name in names if name.endswith(".safetensors")]
+    pickled = [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]
+    if "adapter_config.json" in names and all(name.startswith("adapter_") for name in found + pickled):
         return (
-            f"has {_few(found)}, but neither {WEIGHTS} nor {INDEX}; if a download or an export was cut off, "
-            "run it again"
+            "is an adapter (adapter_config.json) without its model; merge it into its base model first (in "
+            "peft: merge_and_unload, then save_pretrained) and name the result"
         )
-    if found := [name for name in names if name.endswith((".bin", ".pth", ".pt", ".ckpt"))]:
+    if found:
+        lacking = f"has {_few(found)}, but neither {WEIGHTS} nor {INDEX}"
+        if any(_SHARD.fullmatch(name) for name in found):
+            return f"{lacking}; if a download or an export was cut off, run it again"
+        return f"{lacking}; rename the file that is the whole model, or download the default variant"
+    if pickled:
         return (
-            f"has only pickle files ({_few(found)}), which are never opened since they can run code; convert "
-            f'them in transformers: MODEL.from_pretrained("{directory}").save_pretrained("{directory}", '
-            "safe_serialization=True), MODEL being the class that config.json names under architectures"
+            f"has only pickle files ({_few(pickled)}), which are never opened since they can run code; "
+            f'convert them in transformers: MODEL.from_pretrained("{directory}").save_pretrained('
+            f'"{directory}", safe_serialization=True), MODEL being the class that config.json names under '
+            "architectures"
         )
     return f"has neither {WEIGHTS} nor {INDEX}; name a directory that a model was downloaded or saved to"
 
@@ -257,7 +268,7 @@ def write_checkpoint(
         if os.path.lexists(directory / name):
             raise UserError(f"{directory}: has {name} already; remove it or name another directory")
     directory.mkdir(parents=True, exist_ok=True)
-    for left in directory.glob(".model-*.tmp"):
+    for left in directory.glob(TEMPORARY):
         left.unlink()  # of an export that was killed
 
     shards: list[list[str]] = []

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmscale.compressors import COMPRESSORS, Features
-from vlmscale.errors import UserError
 from vlmscale.layers import abstract_params
 from vlmscale.models.decoder import Decoder
 from vlmscale.models.sizes import DecoderSize, TowerSize
@@ -113,7 +112,7 @@ def _own_head(size: DecoderSize, checkpoint: Checkpoint, table: tables.Table) ->
 
 def load_directory(
     directory: Path,
-    mesh: Mesh | Callable[[DecoderSize], Mesh],
+    mesh: Mesh,
     dtype: Any = jnp.float32,
     layout: str = "loop",
     progress: Progress = lambda what, done, total: None,
@@ -124,7 +123,7 @@ def load_directory(
 
     Args:
       directory: of config.json and safetensors.
-      mesh: or what makes one from the size of the decoder.
+      mesh: where they go.
       dtype: of the parameters.
       layout: of the decoder.
       progress: called with (what, done, total).
@@ -136,10 +135,6 @@ def load_directory(
     """
     with open_checkpoint(directory) as checkpoint:
         described = describe(checkpoint, layout, whole_tower=whole_tower)
-        if not isinstance(mesh, Mesh):
-            if described.decoder is None:
-                raise UserError(f"{directory}: holds a vision tower alone; a language model is needed")
-            mesh = mesh(described.decoder)
         places = place(described.boxed, mesh, dtype)
         params, report = load_params(places, [Source(checkpoint, described.table)], progress=progress)
     return described, params, report

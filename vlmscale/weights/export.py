@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,17 @@ from flax.traverse_util import flatten_dict
 from vlmscale.errors import UserError
 from vlmscale.records import make_directory
 from vlmscale.weights import hf_config, tables
-from vlmscale.weights.checkpoint import INDEX, WEIGHTS, write_checkpoint
+from vlmscale.weights.checkpoint import INDEX, TEMPORARY, WEIGHTS, write_checkpoint
 
 Tensors = Iterator[tuple[str, np.ndarray]]
 
 # What the tensors of a tower are called: transformers 4 knows them with this prefix alone, transformers 5
 # writes them without and reads both.
 TOWER_PREFIX = "vision_model."
+
+WEIGHT_NAMES = (WEIGHTS, INDEX)
+_WEIGHT_FILES = ("*.safetensors", "*.bin")  # transformers may load any of them in the place of ours
+_BFLOAT16 = float(jnp.finfo(jnp.bfloat16).max)
 
 
 def tensors_of(params: dict[str, Any], table: tables.Table) -> Tensors:
@@ -102,24 +107,72 @@ def llava_export_config(llava: hf_config.LlavaConfig, blocks: int) -> dict[str, 
     return config
 
 
-def refuse_taken(out: Path, names: Iterable[str] = (WEIGHTS, INDEX)) -> None:
-    """Refuse a directory that holds one of these files.
+def refuse_taken(out: Path, names: Iterable[str]) -> None:
+    """Refuse a directory where an export would replace or mix with what is there.
+
+    Hidden temporary files are no hindrance: only an export that was killed leaves them.
+
+    Args:
+      out: where the export goes; it may be absent.
+      names: of the files that it consists of, below `out`.
 
     Raises:
-      UserError: it does, or is a file itself.
+      UserError: one of them is there, or other weights beside them; `out` is a run, a file, or a link to
+        nothing.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name another directory")
-    for name in names:
-        if os.path.lexists(out / name):
-            raise UserError(f"{out}: has {name} already; remove it or name another directory")
+    paths = [out / name for name in names]
+    folders = sorted({out, *(path.parent for path in paths)})
+    for folder in dict.fromkeys([*out.parents, *folders]):
+        if folder.is_symlink() and not folder.exists():
+            raise UserError(
+                f"{folder}: is a link to nothing ({os.readlink(folder)}); remove it or name another directory"
+            )
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file; name another directory")
+    if os.path.lexists(out / "spec.json"):
+        raise UserError(f"{out}: is a run (it has spec.json); name another directory")
+    weights = {path for folder in folders for kind in _WEIGHT_FILES for path in folder.glob(kind)}
+    taken = {path for path in paths if os.path.lexists(path)}
+    others = sorted(path.relative_to(out).as_posix() for path in weights - taken)
+    found = sorted(path.relative_to(out).as_posix() for path in taken) + others[:3]
+    if not found:
+        return
+    listed = ", ".join(found) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+    if any(path for folder in folders for path in folder.glob(TEMPORARY)):
+        raise UserError(
+            f"{out}: has the rest of an export that was killed; remove {listed}, or name another directory"
+        )
+    it = "it" if len(found) == 1 else "them"
+    raise UserError(f"{out}: has {listed} already; remove {it} or name another directory")
+
+
+@contextmanager
+def whole_or_nothing(out: Path) -> Iterator[list[Path]]:
+    """A list for the files that are written: where the block fails they go, with the folders left empty.
+
+    So an export that the disk or a tensor stopped can be run again, into the same directory. Each file is
+    listed before it is begun, and none may have been there before.
+    """
+    written: list[Path] = []
+    existed = out.exists()
+    try:
+        yield written
+    except BaseException:
+        with suppress(OSError):  # the error that stopped the export says more
+            for path in written:
+                path.unlink(missing_ok=True)
+        for folder in sorted({path.parent for path in written} | {out}, reverse=True):
+            if folder != out or not existed:
+                with suppress(OSError):  # not empty, or not there
+                    folder.rmdir()
+        raise
 
 
 def write_directory(
     out: Path,
     config: dict[str, Any],
     tensors: Tensors,
-    files: dict[str, dict[str, Any] | str | Path],
+    files: Mapping[str, dict[str, Any] | str | Path],
     dtype: np.dtype | None = None,
 ) -> list[Path]:
     """Write a directory that transformers loads; the weights come last and tell a whole one.
@@ -135,26 +188,45 @@ def write_directory(
       All files.
 
     Raises:
-      UserError: `out` holds weights already, or cannot be made.
-      OSError: the disk is full or read-only.
+      UserError: `out` holds one of the files or other weights, or cannot be made (nothing is touched); a
+        number is too large for `dtype` (nothing is left).
+      OSError: the disk is full or read-only; nothing is left.
     """
-    refuse_taken(out)
-    make_directory(out)
-    written = []
-    for name, content in ({"config.json": _saying(config, dtype)} | files).items():
-        path = out / name
-        if isinstance(content, Path):
-            shutil.copyfile(content, path)
-        else:
-            write_text(path, content)
-        written.append(path)
+    contents = {"config.json": _saying(config, dtype), **files}
+    refuse_taken(out, [*contents, *WEIGHT_NAMES])
+    with whole_or_nothing(out) as written:
+        make_directory(out)
+        for name, content in contents.items():
+            path = out / name
+            written.append(path)
+            path.parent.mkdir(exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, path)
+            else:
+                write_text(path, content)
+        written += write_checkpoint(out, ((name, cast(name, array, dtype)) for name, array in tensors))
+    return written
 
-    def cast() -> Tensors:
-        for name, array in tensors:
-            floating = jnp.issubdtype(array.dtype, jnp.floating)
-            yield name, array.astype(dtype, copy=False) if dtype is not None and floating else array
 
-    return [*written, *write_checkpoint(out, cast())]
+def cast(name: str, array: np.ndarray, dtype: np.dtype | None) -> np.ndarray:
+    """A tensor in another type, where it is of floating point numbers and a type is given.
+
+    Raises:
+      UserError: a finite number would become infinite.
+    """
+    if dtype is None or not jnp.issubdtype(array.dtype, jnp.floating):
+        return array
+    with np.errstate(over="ignore", invalid="ignore"):  # numpy's warning; the error below says which tensor
+        made = array.astype(dtype, copy=False)
+    infinite = np.isinf(made)
+    if made is array or not infinite.any():
+        return made
+    lost = array[infinite & np.isfinite(array)]
+    if lost.size:
+        largest = float(np.abs(lost.astype(np.float64)).max())
+        instead = "take bfloat16" if dtype == np.float16 and largest < _BFLOAT16 else "keep the type it has"
+        raise UserError(f"tensor {name} does not fit {dtype.name} (largest {largest:.3g}); {instead}")
+    return made
 
 
 def write_text(path: Path, content: dict[str, Any] | str) -> None:

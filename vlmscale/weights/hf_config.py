@@ -94,12 +94,26 @@ def read_config(directory: Path) -> Config:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}; a checkpoint directory holds one") from error
+        raise UserError(_absent(directory, path, error)) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no JSON ({error})") from error
     if not isinstance(config, dict):
         raise UserError(f"{path}: must be a JSON object")
     return config
+
+
+def _absent(directory: Path, path: Path, error: OSError) -> str:
+    if not directory.exists():
+        return (
+            f"{directory}: no such directory; download the model first, for example with "
+            f"`hf download {directory} --local-dir DIR`, and name DIR"
+        )
+    if not directory.is_dir():
+        return f"{directory}: is a file; name the directory that it is in"
+    snapshots = sorted((directory / "snapshots").glob("*"))
+    if snapshots:
+        return f"{directory}: is the root of a download cache; name {snapshots[-1]}"
+    return f"{path}: {error.strerror or error}; name a directory that a model was downloaded or saved to"
 
 
 def kind_of(config: Config, where: Path) -> str:
@@ -110,6 +124,10 @@ def kind_of(config: Config, where: Path) -> str:
     """
     name = config.get("model_type")
     if name == "llava":
+        if "mm_vision_tower" in config:
+            raise UserError(
+                f"{where}: is of the original format; take the one that transformers loads (llava-hf/...)"
+            )
         return "llava"
     if name in tuple(DECODER_FAMILIES):  # a tuple, since what a file holds may not be hashable
         return "decoder"
@@ -342,7 +360,7 @@ def _refuse(values: Config, where: Path, key: str, allowed: tuple[Any, ...]) -> 
 
 
 def _no(where: Path, key: str, value: Any) -> NoReturn:
-    raise UserError(f"{where}: {key}={value!r} is not built here")
+    raise UserError(f"{where}: {key}={value!r} is not built here; docs/checkpoints.md has what is")
 
 
 def _positive(values: Config, where: Path, key: str) -> int:
