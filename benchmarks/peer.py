@@ -113,17 +113,18 @@ def params_bytes(params: dict[str, Any]) -> int:
 
 
 def show(rows: Iterable[dict[str, Any]], as_json: bool) -> None:
-    """One row a measurement, as a table or as one JSON object."""
-    rows = list(rows)
-    if as_json:
-        print(json.dumps({"device": jax.devices()[0].device_kind, "rows": rows}))
-        return
+    """Each measurement as it comes; or all as one JSON object."""
+    done = []
     for row in rows:
-        parts = (
-            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in row.items()
-        )
-        print("  ".join(parts))
+        done.append(row)
+        if not as_json:
+            parts = (
+                f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                for name, value in row.items()
+            )
+            print("  ".join(parts), flush=True)
+    if as_json:
+        print(json.dumps({"device": jax.devices()[0].device_kind, "rows": done}))
 
 
 def random_ids(size: DecoderSize, batch: int, length: int) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,6 +25,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 settings.register_profile("vlmscale", deadline=None, derandomize=True, database=None)
 settings.load_profile("vlmscale")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_are_forgotten() -> Iterator[None]:
+    """Behind each module: thousands of them would hold gigabytes and slow every collection of garbage."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")

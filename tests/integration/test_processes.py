@@ -212,16 +212,7 @@ def test_each_process_holds_and_reads_its_part_of_the_file(name: str, asked: Ask
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            "llama-grouped-tied",
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="answers that are split over processes are not gathered, and numpy refuses them",
-            ),
-        ),
-        "clip-llama",
-    ],
+    ["llama-grouped-tied", "clip-llama"],
 )
 def test_both_processes_answer_as_one_device_does(name: str, asked: Asked, found: Found) -> None:
     directory, prompts, photos = asked[name]

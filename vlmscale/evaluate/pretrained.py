@@ -37,7 +37,7 @@ from vlmscale.evaluate.generation import (
 from vlmscale.models.sizes import DecoderSize, TowerSize
 from vlmscale.models.vision import VisionTower
 from vlmscale.models.vlm import VLM
-from vlmscale.sharding import make_mesh, place
+from vlmscale.sharding import make_mesh, place, replicated
 from vlmscale.weights.checkpoint import open_checkpoint
 from vlmscale.weights.directory import Description, Progress, describe, load_directory
 from vlmscale.weights.hf_config import kind_of, read_config
@@ -303,7 +303,8 @@ def answer_request(
     behind_tower = {name: model.params[name] for name in ("decoder", "compressor") if name in model.params}
     generate = make_generate(vlm, request.max_new_tokens, prompter.stop_ids, sampling)
     with computing(model):
-        rows = np.asarray(generate(behind_tower, batch, np.uint32(seed))).tolist()
+        made = generate(behind_tower, batch, np.uint32(seed))
+        rows = np.asarray(jax.device_put(made, replicated(made.sharding.mesh))).tolist()  # to every process
     new = [row[: answer_length(row, prompter.stop_ids)] for row in rows]
     return [Answer(decode(prompter.tokenizer, row), row) for row in new]
 
