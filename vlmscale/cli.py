@@ -375,7 +375,13 @@ def _show_answer(arguments: argparse.Namespace, prompt: str, said: Any) -> None:
 def _generate_pretrained(arguments: argparse.Namespace, sampling: Any, seed: int) -> int:
     import jax
 
-    from vlmscale.evaluate.pretrained import answer_request, load_pretrained, make_request, read_prompter
+    from vlmscale.evaluate.pretrained import (
+        answer_request,
+        load_pretrained,
+        make_request,
+        mesh_of,
+        read_prompter,
+    )
 
     prompt = arguments.prompt.replace("\\n", "\n")  # a shell's double quotes leave the two characters
     prompter = read_prompter(arguments.model)
@@ -384,7 +390,7 @@ def _generate_pretrained(arguments: argparse.Namespace, sampling: Any, seed: int
         prompter, dtype=arguments.dtype, attention=arguments.attention, progress=_progress()
     )
     print(f"{arguments.model}: {model.report}", file=sys.stderr)
-    used = jax.tree.leaves(model.params)[0].sharding.mesh.size
+    used = mesh_of(model).size
     if used < jax.device_count():
         print(
             f"uses {used} of {jax.device_count()} devices: it does not divide over all",

@@ -304,17 +304,22 @@ def answer_request(
     generate = make_generate(vlm, request.max_new_tokens, prompter.stop_ids, sampling)
     with computing(model):
         made = generate(behind_tower, batch, np.uint32(seed))
-        rows = np.asarray(jax.device_put(made, replicated(made.sharding.mesh))).tolist()  # to every process
+        rows = np.asarray(jax.device_put(made, replicated(mesh_of(model)))).tolist()  # to every process
     new = [row[: answer_length(row, prompter.stop_ids)] for row in rows]
     return [Answer(decode(prompter.tokenizer, row), row) for row in new]
+
+
+def mesh_of(model: Pretrained) -> Mesh:
+    """The mesh that the parameters lie on."""
+    mesh: Mesh = jax.tree.leaves(model.params)[0].sharding.mesh
+    return mesh
 
 
 @contextlib.contextmanager
 def computing(model: Pretrained) -> Iterator[None]:
     """The model's mesh in force, and float32 meaning float32: GPUs and TPUs would round products to less."""
-    mesh = jax.tree.leaves(model.params)[0].sharding.mesh
     exact = jnp.dtype(model.dtype) == jnp.float32
-    with jax.set_mesh(mesh), jax.default_matmul_precision("highest" if exact else "default"):
+    with jax.set_mesh(mesh_of(model)), jax.default_matmul_precision("highest" if exact else "default"):
         yield
 
 
