@@ -108,6 +108,25 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: unreadable ({error})") from error
 
 
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file that came with a download; None where there is no such file.
+
+    Raises:
+      UserError: unreadable, no JSON, or no object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): copy it again") from None
+    if not isinstance(data, dict):
+        raise UserError(f"{path} is not a JSON object: copy it again")
+    return data
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a .jsonl file."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

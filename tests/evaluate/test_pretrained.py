@@ -212,7 +212,7 @@ def test_a_checkpoints_repetition_penalty_holds_for_greedy_answers_too(
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size=3 is not built here"),
         ({"num_beams": 4}, "num_beams=4 is not built here"),
         ({"eos_token_id": "<end>"}, "eos_token_id=['<end>'] must be whole numbers"),
-        ([], "must be a JSON object"),
+        ([], "is not a JSON object"),
     ],
 )
 def test_settings_that_change_greedy_answers_are_never_ignored(

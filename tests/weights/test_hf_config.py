@@ -348,10 +348,10 @@ def test_unknown_families_are_named(name: Any) -> None:
 @pytest.mark.parametrize(
     "text, said",
     [
-        ("{", "is no JSON"),
-        ("[1]", "must be a JSON object"),
-        ("\udcff", "is no JSON"),
-        ("[" * 99_999, "no JSON"),
+        ("{", "is not JSON"),
+        ("[1]", "is not a JSON object"),
+        ("\udcff", "is not JSON"),
+        ("[" * 99_999, "not JSON"),
     ],
     ids=["cut", "list", "no text", "deep"],
 )
@@ -375,7 +375,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
 
 @pytest.mark.parametrize(
     "text, said",
-    [(None, "No such file"), ("{", "is no JSON"), ("[]", "must be a JSON object"), ("{}", "model_type None")],
+    [(None, "No such file"), ("{", "is not JSON"), ("[]", "is not a JSON object"), ("{}", "model_type None")],
 )
 def test_a_wrong_config_json_is_named(
     text: str | None, said: str, saved: Saved, tmp_path: Path, capsys: Any

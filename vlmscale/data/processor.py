@@ -17,6 +17,7 @@ import numpy as np
 
 from vlmscale.data.images import geometry, pad_colour, transform
 from vlmscale.errors import UserError
+from vlmscale.records import read_object
 
 CONFIG, NESTED = "preprocessor_config.json", "processor_config.json"
 MAX_SIZE = 4096  # pixels a side: far above any tower's, and it bounds the memory of a result
@@ -158,9 +159,9 @@ def read_processor(directory: Path) -> ImageProcessor:
       UserError: neither file is there, they contradict each other, or one has a value or a key that is not
         supported; it names the file and the key.
     """
-    nested = _read_json(directory / NESTED)
+    nested = read_object(directory / NESTED)
     entry = nested.get("image_processor") if nested is not None else None
-    plain = _read_json(directory / CONFIG)
+    plain = read_object(directory / CONFIG)
     if entry is not None and not isinstance(entry, dict):
         raise UserError(f"{directory / NESTED}: key image_processor must be an object: save the file again")
     found = [
@@ -210,21 +211,6 @@ def processor_config(processor: ImageProcessor) -> dict[str, Any]:
         "image_mean": list(processor.mean),
         "image_std": list(processor.std),
     }
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file, or None where there is no such file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): copy it again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object: copy it again")
-    return data
 
 
 class _Reader:

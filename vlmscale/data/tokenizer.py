@@ -14,6 +14,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from vlmscale.errors import UserError
+from vlmscale.records import read_object
 
 PAD, IMAGE, USER, ASSISTANT, END = "<|pad|>", "<|image|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL = (PAD, IMAGE, USER, ASSISTANT, END)
@@ -100,7 +101,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
         raise UserError(f"{path} is not a tokenizer ({' '.join(str(error).split())[:120]})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    config = _read_object(directory / CONFIG)
+    config = read_object(directory / CONFIG) or {}
     _refuse(directory / CONFIG, config, bpe=isinstance(tokenizer.model, models.BPE))
     _add_tokens(tokenizer, directory, config)
     return tokenizer
@@ -175,21 +176,6 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
     return {FILE: tokenizer.to_str(pretty=True) + "\n", CONFIG: json.dumps(config, indent=2) + "\n"}
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty where there is no such file."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror or error})") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON ({error}): copy it again") from None
-    if not isinstance(data, dict):
-        raise UserError(f"{path} is not a JSON object: copy it again")
-    return data
-
-
 def _refuse(path: Path, config: dict[str, Any], *, bpe: bool) -> None:
     """Raises for settings that change ids or texts in transformers and that are not followed here."""
     if config.get("split_special_tokens"):
@@ -211,9 +197,9 @@ def _add_tokens(tokenizer: Tokenizer, directory: Path, config: dict[str, Any]) -
     source = directory / (CONFIG if listed is not None else _ADDED)
     names = dict(config)
     if listed is None:
-        names.update(_read_object(directory / _MAP))
+        names.update(read_object(directory / _MAP) or {})
         special = set(_special_names(names))
-        added = _read_object(source)
+        added = read_object(source) or {}
         listed = {
             number: {"content": token, "special": token in special, "normalized": token not in special}
             for token, number in added.items()

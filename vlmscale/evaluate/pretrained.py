@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from vlmscale.evaluate.generation import (
 from vlmscale.models.sizes import DecoderSize, TowerSize
 from vlmscale.models.vision import VisionTower
 from vlmscale.models.vlm import VLM
+from vlmscale.records import read_object
 from vlmscale.sharding import make_mesh, place, replicated
 from vlmscale.weights.checkpoint import open_checkpoint
 from vlmscale.weights.directory import Description, Progress, describe, load_directory
@@ -205,14 +205,8 @@ def generation_settings(directory: Path, config: dict[str, Any]) -> tuple[tuple[
     Raises:
       UserError: the file is no JSON object, or asks for what would change greedy decoding and is not built.
     """
-    path, settings = directory / "generation_config.json", {}
-    if path.exists():
-        try:
-            settings = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path}: is no JSON ({error})") from error
-        if not isinstance(settings, dict):
-            raise UserError(f"{path}: must be a JSON object")
+    path = directory / "generation_config.json"
+    settings = read_object(path) or {}
     for key, inert in _NOT_BUILT.items():
         if settings.get(key) not in (None, inert):
             raise UserError(f"{path}: {key}={settings[key]!r} is not built here; remove it to go without")

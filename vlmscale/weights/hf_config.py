@@ -6,7 +6,6 @@ built here is refused by name.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,6 +13,7 @@ from typing import Any, NoReturn
 from vlmscale.compressors import COMPRESSORS
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import CLIP_MEAN, CLIP_STD, DecoderSize, TowerSize, tower_levels
+from vlmscale.records import read_object
 
 Config = dict[str, Any]
 
@@ -91,18 +91,13 @@ def read_config(directory: Path) -> Config:
       UserError: it is absent or no JSON object.
     """
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(_absent(directory, path, error)) from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: must be a JSON object")
+    config = read_object(path) if directory.is_dir() else None
+    if config is None:
+        raise UserError(_absent(directory))
     return config
 
 
-def _absent(directory: Path, path: Path, error: OSError) -> str:
+def _absent(directory: Path) -> str:
     if not directory.exists():
         return (
             f"{directory}: no such directory; download the model first, for example with "
@@ -113,7 +108,9 @@ def _absent(directory: Path, path: Path, error: OSError) -> str:
     snapshots = sorted((directory / "snapshots").glob("*"))
     if snapshots:
         return f"{directory}: is the root of a download cache; name {snapshots[-1]}"
-    return f"{path}: {error.strerror or error}; name a directory that a model was downloaded or saved to"
+    return (
+        f"{directory / 'config.json'}: No such file; name a directory that a model was downloaded or saved to"
+    )
 
 
 def kind_of(config: Config, where: Path) -> str:
