@@ -42,12 +42,16 @@ class Checkpoints:
             raise RuntimeError(f"{self.path}: step {step} was not saved although it was due")
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Bring a step back onto the shardings of `abstract` (ShapeDtypeStructs)."""
+        """Bring a step back onto the shardings of `abstract` (ShapeDtypeStructs).
+
+        Raises:
+          UserError: the checkpoint holds other parameters, as one of another version of vlmscale may.
+        """
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(abstract.params),
             opt_state=ocp.args.StandardRestore(abstract.opt_state),
         )
-        restored = self.manager.restore(step, args=items)
+        restored = self._read(step, items)
         where = abstract.step.sharding
         return TrainState(jax.device_put(np.int32(step), where), restored["params"], restored["opt_state"])
 
@@ -55,13 +59,24 @@ class Checkpoints:
         """Parameters alone, of the last good step.
 
         Raises:
-          UserError: there is no checkpoint.
+          UserError: there is no checkpoint, or it holds other parameters.
         """
         step = self.latest()
         if step is None:
             raise UserError(f"{self.path}: no checkpoint to read; train the run first")
         items = ocp.args.Composite(params=ocp.args.StandardRestore(abstract))
-        return self.manager.restore(step, args=items)["params"]
+        return self._read(step, items)["params"]
+
+    def _read(self, step: int, items: Any) -> Any:
+        try:
+            return self.manager.restore(step, args=items)
+        except ValueError as error:  # Orbax lists every parameter, on hundreds of lines
+            if "structures do not match" not in str(error):
+                raise
+            raise UserError(
+                f"{self.path}: its checkpoint holds other parameters than this version of vlmscale has; "
+                "read it with the version that wrote it, or train again into another directory"
+            ) from error
 
     def wait(self) -> None:
         """Block until every started save is on disk, and raise if one failed."""
