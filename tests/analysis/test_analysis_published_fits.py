@@ -11,7 +11,15 @@ import math
 import numpy as np
 import pytest
 import scipy.optimize
-from published_sets import (
+
+from analysis.bootstrap import percentile_interval, resample
+from analysis.cost import FlopsCost
+from analysis.fit import f_test, fit
+from analysis.laws import LAWS, LOGIT_INTERACTION
+from analysis.profile import bend_interval, floor_ridge, ratio_interval
+from analysis.uncertainty import methods
+from analysis.validate import baselines, validate
+from tests.analysis.published_sets import (
     BOTH,
     BUDGET,
     OCR,
@@ -22,14 +30,6 @@ from published_sets import (
     values,
     verdict,
 )
-
-from analysis.bootstrap import percentile_interval, resample
-from analysis.cost import FlopsCost
-from analysis.fit import f_test, fit
-from analysis.laws import LAWS, LOGIT_INTERACTION
-from analysis.profile import bend_interval, floor_ridge, ratio_interval
-from analysis.uncertainty import methods
-from analysis.validate import baselines, validate
 
 # --- optima (A1 to A8) --------------------------------------------------------------------------------------
 

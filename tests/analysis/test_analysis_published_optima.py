@@ -17,17 +17,6 @@ import jax
 import numpy as np
 import pytest
 import scipy.optimize
-from published_sets import (
-    BOTH,
-    BUDGET,
-    EVERYWHERE,
-    OCR,
-    REASONING,
-    fitted_law,
-    replicates,
-    table,
-    values,
-)
 
 from analysis.bootstrap import percentile_interval, resample
 from analysis.cost import FlopsCost
@@ -41,6 +30,17 @@ from analysis.optimum import best_tokens, multipliers, optimum
 from analysis.pooling import pool
 from analysis.quality import copied_cells
 from analysis.solve import solve
+from tests.analysis.published_sets import (
+    BOTH,
+    BUDGET,
+    EVERYWHERE,
+    OCR,
+    REASONING,
+    fitted_law,
+    replicates,
+    table,
+    values,
+)
 
 # --- the optimum (A13 to A15) -------------------------------------------------------------------------------
 
