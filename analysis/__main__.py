@@ -164,13 +164,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from analysis import prose
     from analysis.record import analysis_record, to_json
     from analysis.study import analyze
 
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise ValueError(f"{args.out}: is not a directory; --out names the directory of the report")
     analysis = analyze(args.data, _options(args), beside_paper=args.out is not None)
-    if all(study.table.n.size < 2 for study in analysis.studies):
+    if not analysis.dataset.comparable:
         cells = sum(study.table.n.size for study in analysis.studies)
         raise DataError(
             f"{analysis.dataset.source}: {cells} cells with an image measured; nothing can be compared"
@@ -189,8 +190,11 @@ def _run(args: argparse.Namespace) -> int:
     for line in [line for group in groups for line in group["warnings"]]:
         print(f"warning: {line}", file=sys.stderr)
     if not args.json:
-        for group in groups:
-            print(_line(group))
+        told = {study.table.group for study in analysis.told}
+        lines = [prose.methods_summary(item) for item in analysis.comparisons]
+        lines += [prose.no_law(list(analysis.studies))] if analysis.comparisons else []
+        lines += [_line(group) for group in groups if group["group"] in told]
+        print("\n".join(line for line in lines if line))
     return 0
 
 

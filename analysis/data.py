@@ -24,6 +24,7 @@ __all__ = ["BUILT_IN", "PAPER_TEXT_TOKENS", "DataError", "Dataset", "Table", "lo
 
 PAPER_TEXT_TOKENS = 50.0
 HELD_OUT = "held-out loss"
+_COMPRESSOR = SETUP.index("compressor")
 # Figures of a row that a cell averages; what a row lacks is NaN, and so is then the cell's mean.
 _MEANS = (
     "chance",
@@ -35,6 +36,7 @@ _MEANS = (
     "query_flops",
     "infer_flops",
     "latency_ms",
+    "compressor_params",
 )
 
 
@@ -68,6 +70,7 @@ class Table:
     compressor_flops: np.ndarray
     query_flops: np.ndarray
     latency_ms: np.ndarray
+    compressor_params: np.ndarray
     blind: dict[str, float] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
     target: str = "error"
@@ -109,6 +112,8 @@ class Dataset:
     """What the sources hold: a table a task group, the hash of the bytes, where the rows came from.
 
     `rows`: those used, each once. `warnings`: what a reader should know about the data, one line each.
+    `methods`: where rows name several compressors, a table of each, called by its name, over all tasks that
+    every one of them has; its `by_task` holds the same by task group. Empty for one compressor.
     """
 
     source: str
@@ -120,6 +125,12 @@ class Dataset:
     commits: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    methods: tuple[Table, ...] = ()
+
+    @property
+    def comparable(self) -> bool:
+        """Whether two cells with an image are there to be compared."""
+        return max((t.n.size for t in self.tables), default=0) > 1 or sum(t.n.size for t in self.methods) > 1
 
 
 def load(source: Path | str, *more: Path | str) -> Dataset:
@@ -140,6 +151,7 @@ def load(source: Path | str, *more: Path | str) -> Dataset:
     rows, repeats = quality.drop_repeats(everything)
     whole = ", ".join(names)
     tables = _tables(rows, whole)
+    methods, unshared = _method_tables(rows, whole)
     hashes = sorted(item for reading in readings for item in reading.hashes)
     digest = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
@@ -156,7 +168,8 @@ def load(source: Path | str, *more: Path | str) -> Dataset:
         versions=provenance("vlmscale_version"),
         commits=provenance("git_commit"),
         devices=provenance("device"),
-        warnings=(*remarks, *repeats, *quality.check(rows, tables)),
+        warnings=(*remarks, *repeats, *unshared, *quality.check(rows, tables, methods)),
+        methods=methods,
     )
 
 
@@ -183,9 +196,12 @@ def _tables(rows: list[Row], source: str) -> tuple[Table, ...]:
 
 
 def _by_setup(group: str, rows: list[Row]) -> list[tuple[str, list[Row]]]:
-    """(name, rows) a set-up: rows of one (LLM, V >= 1, task) that differ in a field are never averaged."""
+    """(name, rows) a set-up: rows of one (LLM, V >= 1, task) that differ in a field are never averaged.
+
+    Two compressors are two set-ups also where they have no V in common: one law does not describe both.
+    """
     first: dict[tuple[str, float, str], tuple[Any, ...]] = {}
-    split: set[int] = set()
+    split: set[int] = {_COMPRESSOR} if len(_compressors(rows)) > 1 else set()
     for row in rows:
         if row.v > 0:
             other = first.setdefault((row.llm_name, row.v, row.task), row.setup)
@@ -207,9 +223,46 @@ def _by_setup(group: str, rows: list[Row]) -> list[tuple[str, list[Row]]]:
     result = []
     for kind, own in kinds.items():
         reference = [row for row in blind if all(row.setup[i] == own[0].setup[i] for i in told)]
-        label = ", ".join(str(value) for value in kind)
+        label = ", ".join("none" if value is None else str(value) for value in kind)
         result.append((f"{group} ({label})", own + reference))
     return result
+
+
+def _compressors(rows: list[Row]) -> list[Any]:
+    """The compressors that rows with an image name, in order of appearance."""
+    return [name for name in dict.fromkeys(row.setup[_COMPRESSOR] for row in rows if row.v > 0) if name]
+
+
+def _method_tables(rows: list[Row], source: str) -> tuple[tuple[Table, ...], list[str]]:
+    """(a table a compressor and set-up over the tasks that all have, remarks); see `Dataset.methods`."""
+    names = dict.fromkeys(row.setup[_COMPRESSOR] for row in rows if row.v > 0)
+    if len(_compressors(rows)) < 2:
+        return (), []
+    # One task name in two groups would be two scores of one task.
+    groups: dict[tuple[Any, str], set[str]] = defaultdict(set)
+    for row in rows:
+        groups[row.setup[_COMPRESSOR], row.task].add(row.group)
+    if any(len(own) > 1 for own in groups.values()):
+        rows = [row._replace(task=f"{row.group}: {row.task}") for row in rows]
+    asked = {
+        name: {row.task for row in rows if row.v > 0 and row.setup[_COMPRESSOR] == name} for name in names
+    }
+    shared = set.intersection(*asked.values())
+    lacking = len(set.union(*asked.values())) - len(shared)
+    remarks = []
+    if lacking:
+        what = f"over the {len(shared)} tasks that all have" if shared else "not at all"
+        remarks.append(f"methods are compared {what}: {lacking} more are missing for some method")
+    tables = []
+    for name in names if shared else ():
+        own = [r for r in rows if r.task in shared and (r.v == 0 or r.setup[_COMPRESSOR] == name)]
+        for label, members in _by_setup("not named" if name is None else str(name), own):
+            by_group: dict[str, list[Row]] = defaultdict(list)
+            for row in members:
+                by_group[row.group].append(row)
+            parts = tuple(_table(*item, source) for item in by_group.items())
+            tables.append(replace(_table(label, members, source), by_task=parts))
+    return tuple(tables), remarks
 
 
 def _loss_tables(rows: list[Row], source: str) -> list[Table]:

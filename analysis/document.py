@@ -29,6 +29,8 @@ a { color: #0b5cad; }
   margin: .8rem 0 1.2rem; }
 figure { margin: 0; min-width: 0; }
 figure svg { display: block; width: 100%; height: auto; max-width: 600px; }
+.figures.wide { grid-template-columns: minmax(0, 1fr); }
+.figures.wide svg { max-width: 1080px; }
 figcaption { color: var(--soft); font-size: .86rem; margin-top: .35rem; }
 .scroll { overflow-x: auto; margin: .5rem 0 1rem; border: 1px solid var(--line); border-radius: 6px; }
 table { border-collapse: collapse; width: 100%; font-size: .86rem; font-variant-numeric: tabular-nums; }
@@ -92,9 +94,10 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Figures side by side on a wide page, stacked on a narrow one."""
+    """Figures side by side on a wide page, stacked on a narrow one; `wide` gives each the whole width."""
 
     items: tuple[Picture, ...]
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -142,12 +145,12 @@ def _html(block: Block) -> str:
             return "<ul>\n" + "\n".join(f"<li>{_inline(item)}</li>" for item in items) + "\n</ul>"
         case Grid():
             return _html_table(block)
-        case Pictures(items):
+        case Pictures(items, wide):
             figures = "\n".join(
                 f"<figure>\n{item.svg}\n<figcaption>{_inline(item.caption)}</figcaption>\n</figure>"
                 for item in items
             )
-            return f'<div class="figures">\n{figures}\n</div>'
+            return f'<div class="figures{" wide" if wide else ""}">\n{figures}\n</div>'
         case Small(items):
             return "<footer>\n" + "\n".join(f"<p>{_inline(item)}</p>" for item in items) + "\n</footer>"
 

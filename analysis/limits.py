@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
+from analysis.compare import Comparison
 from analysis.cost import FlopsCost
 from analysis.data import Dataset
 from analysis.prose import plural
@@ -26,6 +28,33 @@ def limits(dataset: Dataset, studies: list[Study]) -> list[str]:
     if dataset.unfinished:
         notes.append(f"{plural(dataset.unfinished, 'row')} of unfinished runs were not read.")
     return notes + _cost(studies)
+
+
+def limits_of_methods(comparisons: Sequence[Comparison]) -> list[str]:
+    """What a comparison of methods leaves open, one sentence each."""
+    points = [point for comparison in comparisons for point in comparison.points]
+    notes = []
+    if all(point.seeds == 1 for point in points):
+        notes.append(
+            "Noise between training runs: every point has one seed, and its interval holds the noise of the "
+            "test items alone. A gap between two methods may be the luck of a training."
+        )
+    if any(point.interval for point in points):
+        notes.append(
+            "Paired tests: all methods answer the same items, so two of them can differ more surely than "
+            "their intervals, which take the items as drawn anew for each, show."
+        )
+    notes.append(
+        "Other amounts of training and other LLMs: methods learn at different speeds, and the order may "
+        "change with steps, learning rate, LLM and tower."
+    )
+    largest = max(comparison.n for comparison in comparisons)
+    if largest < _TOY:
+        notes.append(
+            f"Large models: the largest LLM here has {count(largest)} parameters; the "
+            "order of methods is not a forecast for models of billions of parameters."
+        )
+    return notes
 
 
 def _verdicts(study: Study) -> list[str]:

@@ -7,7 +7,11 @@ no window, no state. The figures about the law itself are in `figures.py`.
 from __future__ import annotations
 
 import io
+import math
 import re
+from collections import Counter
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +23,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
+from analysis.compare import Comparison, Point
 from analysis.cost import FlopsCost
 from analysis.optimum import index_tokens, measured_cost, optimal_path, pareto
 from analysis.study import LawStudy, Study
@@ -36,6 +41,7 @@ from analysis.style import (
     Handle,
     add_legend,
     log_axis,
+    method_look,
     new_figure,
     plain,
     size_colours,
@@ -45,7 +51,7 @@ from analysis.style import (
     usable,
     value_axis,
 )
-from analysis.units import tokens
+from analysis.units import flops, tokens
 
 _BLIND = (0, (4, 3))
 
@@ -280,6 +286,116 @@ def _token_line(axes: Axes, study: Study, law: LawStudy, q: np.ndarray, look: di
     axes.plot(q, line, clip_on=False, **{**look, "marker": ""})
     if study.q >= q[0]:
         axes.plot([study.q], [float(best(law.fit.theta, study.q))], clip_on=False, **{**look, "ls": ""})
+
+
+@styled
+def methods_figure(comparison: Comparison) -> Figure:
+    """Error against V and against FLOPs of a whole answer, a line a method through its points in order of V.
+
+    Rings mark the points that none with as few tokens (FLOPs) beats. The second panel is left out where the
+    data have no FLOPs. Methods stand a little beside their V, so that they do not hide each other.
+    """
+    priced = any(math.isfinite(point.infer_flops) for point in comparison.points)
+    figure = Figure(figsize=(12.4 if priced else 8.0, 6.2), layout="constrained")
+    panels = figure.subplots(1, 2 if priced else 1, sharey=True, squeeze=False)[0]
+    looks = {method: method_look(i) for i, method in enumerate(comparison.methods)}
+    v = np.unique([point.v for point in comparison.points])
+    reach = float(max(v[-1] / v[0], 2.0)) ** 0.08
+    log_axis(panels[0], "x", float(v[0]) / reach, float(v[-1]) * reach)
+    token_ticks(panels[0].xaxis, v)
+    panels[0].set_xlabel("visual tokens V")
+    panels[0].set_title(plain(f"{comparison.llm_name}: error against visual tokens"))
+    beside = _beside(panels[0], comparison)
+    _methods_panel(panels[0], comparison, looks, lambda point: beside[point.method, point.v], "best_at_v")
+    if priced:
+        _flops_axis(panels[1], [p.infer_flops for p in comparison.points if math.isfinite(p.infer_flops)])
+        _methods_panel(panels[1], comparison, looks, lambda point: point.infer_flops, "best_at_flops")
+    shown = [x for point in comparison.points for x in (point.error, *(point.interval or ()))]
+    low, high = min([*shown, comparison.blind or 1.0]), max([*shown, comparison.blind or 0.0])
+    margin = 0.04 * (high - low) or 0.05
+    panels[0].set_ylim(low - margin, high + margin)
+    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g}%"))
+    panels[0].set_ylabel("error (1 - mean score)")
+    handles = [Line2D([], [], **look, ms=7, lw=1.6, label=plain(name)) for name, look in looks.items()]
+    handles.append(Line2D([], [], **_RING, ls="", label="Pareto-best"))
+    if comparison.blind is not None:
+        handles.append(Line2D([], [], color="#555555", ls=_BLIND, lw=1.3, label="no image"))
+    figure.legend(
+        handles=handles,
+        loc="outside right upper",
+        handlelength=3.4,
+        title="method",
+        alignment="left",
+        ncols=-(-len(handles) // _LEGEND_ROWS),
+    )
+    return figure
+
+
+_RING: dict[str, Any] = {"marker": "o", "ms": 14, "mfc": "none", "mec": DARK, "mew": 1.3}
+_LEGEND_ROWS = 20
+
+
+def _flops_axis(axes: Axes, price: list[float]) -> None:
+    low, high = min(price), max(price)
+    reach = max(high / low, 1.2) ** 0.06
+    log_axis(axes, "x", low / reach, high * reach)
+    if high / low < 6:  # less than a decade has too few round powers: even steps, which read as well
+        ticks = [x for x in MaxNLocator(6).tick_values(low, high) if low / reach <= x <= high * reach]
+        axes.xaxis.set_ticks(ticks)
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: flops(x).removesuffix("FLOP").replace(" ", "")))
+    axes.set_xlabel("inference FLOPs of a whole answer")
+    axes.set_title("error against inference FLOPs")
+
+
+def _beside(axes: Axes, comparison: Comparison) -> dict[tuple[str, float], float]:
+    """(method, V) to where it is drawn: side by side in a shaded column where several methods share a V."""
+    sharing = Counter(point.v for point in comparison.points)
+    shared = sorted(v for v, times in sharing.items() if times > 1)
+    here = {point.method for point in comparison.points if sharing[point.v] > 1}
+    order = [method for method in comparison.methods if method in here]
+    step = min([4.0, *(b / a for a, b in pairwise(shared))])
+    widest = min(step**0.28, 1.035 ** (len(order) - 1))
+    reach = {}
+    for v in shared:
+        # A lone point nearby, such as the mean count of an adaptive method, stays outside the column.
+        alone = [max(v / w, w / v) for w, times in sharing.items() if times == 1]
+        reach[v] = min(widest, max(1.3, min(alone, default=4.0) ** 0.8))
+        axes.axvspan(v / reach[v] / 1.04, v * reach[v] * 1.04, color="#f2f2f2", lw=0, zorder=0)
+    ends = axes.get_xlim()
+    if shared:  # no column is cut off
+        first, last = shared[0] / reach[shared[0]] / 1.1, shared[-1] * reach[shared[-1]] * 1.1
+        axes.set_xlim(min(ends[0], first), max(ends[1], last))
+    return {
+        (point.method, point.v): point.v
+        * reach[point.v] ** (2 * order.index(point.method) / (len(order) - 1) - 1)
+        if sharing[point.v] > 1
+        else point.v
+        for point in comparison.points
+    }
+
+
+def _methods_panel(
+    axes: Axes,
+    comparison: Comparison,
+    looks: dict[str, dict[str, Any]],
+    place: Callable[[Point], float],
+    best: str,
+) -> None:
+    """The lines, intervals and rings of one panel."""
+    if comparison.blind is not None:
+        axes.axhline(comparison.blind, color="#555555", ls=_BLIND, lw=1.3, zorder=1)
+    for method, look in looks.items():
+        own = [point for point in comparison.of(method) if math.isfinite(place(point))]
+        x, y = [place(point) for point in own], [point.error for point in own]
+        for at, point in zip(x, own, strict=True):
+            if best == "best_at_v" and point.interval is not None:  # once is enough
+                axes.plot([at, at], point.interval, color=look["color"], lw=1.0, alpha=0.45, zorder=2)
+        axes.plot(x, y, color=look["color"], ls=look["ls"], lw=1.1, alpha=0.65, zorder=2.5)
+        axes.plot(x, y, **{**look, "ls": ""}, ms=7, zorder=4)
+        ringed = [(at, point.error) for at, point in zip(x, own, strict=True) if getattr(point, best)]
+        for at, error in ringed:
+            axes.plot([at], [error], **_RING, ls="", zorder=5)
 
 
 def to_svg(figure: Figure, name: str, description: str) -> str:

@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 
+from analysis.compare import Comparison, Point
 from analysis.data import Dataset
 from analysis.document import link
 from analysis.optimum import Optimum
@@ -58,6 +59,50 @@ def summary(dataset: Dataset, studies: list[Study], paper: list[Study]) -> str:
         ratios = listed([f"{_ratio(study)} ({study.table.group})" for study in paper])
         third += f"; the numbers published in {PAPER} give ratios of {ratios}"
     return f"{first} {_ratios(measured)} {third}."
+
+
+def methods_summary(comparison: Comparison) -> str:
+    """What was compared on one LLM, and the best method at each V that several share."""
+    counts = np.unique([point.v for point in comparison.points])
+    best = []
+    for v in counts:
+        own = [point for point in comparison.points if point.v == v]
+        if len(own) > 1:
+            best.append(f"{own[0].method} at V = {tokens(v)} ({percent(own[0].error)}{_rivals(own)})")
+    found = f" Least error: {listed(best)}." if best else " No two methods share a V."
+    return (
+        f"{len(comparison.methods)} methods were compared on {comparison.llm_name} "
+        f"({count(comparison.n)} parameters) at {plural(counts.size, 'visual token count')} "
+        f"({_span(counts, 'tokens')}), on {plural(len(comparison.tasks), 'task')}.{found}"
+    )
+
+
+def _rivals(own: list[Point]) -> str:
+    """How many of the others have an interval that meets that of the first, the best."""
+    lead, *others = own
+    if lead.interval is None:
+        return ""
+    end = lead.interval[1]
+    near = sum(1 for point in others if point.interval is not None and point.interval[0] <= end)
+    return f"; the intervals of {near} of {len(others)} others meet its own"
+
+
+def no_law(studies: list[Study]) -> str:
+    """Why tables of several methods carry no law, in one line; empty where all do."""
+    without = [study for study in studies if study.no_fit is not None]
+    if not without:
+        return ""
+    sizes = np.unique(np.concatenate([study.table.n for study in studies]))
+    if len(without) == len(studies) and sizes.size == 1:
+        return (
+            f"No scaling law is fitted: every cell has the same LLM size ({count(sizes[0])} parameters), and "
+            "a law, fitted to one method at a time, needs two sizes and two token counts."
+        )
+    reasons: dict[str, list[str]] = {}
+    for study in without:
+        reasons.setdefault(str(study.no_fit), []).append(study.table.group)
+    lines = [f"{listed(groups)} ({reason})" for reason, groups in reasons.items()]
+    return f"No law is fitted to {'; '.join(lines)}."
 
 
 def _ratio(study: Study) -> str:

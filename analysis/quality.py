@@ -89,16 +89,22 @@ def drop_repeats(rows: list[Row]) -> tuple[list[Row], list[str]]:
     return list(first.values()), [remark]
 
 
-def check(rows: list[Row], tables: Sequence[Table]) -> tuple[str, ...]:
-    """What a reader should know before believing a law: one line each, in the order of the tables."""
+def check(rows: list[Row], tables: Sequence[Table], methods: Sequence[Table] = ()) -> tuple[str, ...]:
+    """What a reader should know before believing a law: one line each, in the order of the tables.
+
+    Where `methods` (see `Dataset.methods`) are compared on one LLM size, no table carries a law, and what
+    concerns laws is left out.
+    """
     seen = [row for row in rows if row.v > 0]
     lines = []
     if len(seen) < len(rows):
         verb = "rows without an image are" if len(rows) - len(seen) > 1 else "row without an image is"
         lines.append(f"{len(rows) - len(seen)} {verb} the blind reference, which no law sees")
     lines += _near_sizes(seen) + _nominal_sizes(seen) + _tiny_scores(seen) + _rounded(seen)
-    for table in tables:
-        lines += _size(table) + _grid(table) + _copies(table) + _chance(table)
+    lawless = bool(methods) and len({row.n for row in seen}) == 1
+    for table in methods if lawless else tables:
+        lines += [] if lawless else _size(table) + _grid(table)
+        lines += _copies(table) + _chance(table, "" if lawless else ": a law fits guessing there")
         lines += _capped([f"{table.group}: {reason}" for reason in table.dropped], table.group, "left out")
     return tuple(lines)
 
@@ -266,7 +272,7 @@ def _copies(table: Table) -> list[str]:
     return _capped(lines, table.group, "copied cells")
 
 
-def _chance(table: Table) -> list[str]:
+def _chance(table: Table, then: str) -> list[str]:
     """Cells that guess: within two sampling sd of chance, or at chance where the noise is not known."""
     near = 1 - table.error <= table.chance + 2 * np.nan_to_num(table.sampling_sd)
     if not near.any():
@@ -274,5 +280,5 @@ def _chance(table: Table) -> list[str]:
     i = int(np.argmax(near))
     return [
         f"{table.group}: {near.sum()} of {_cells(near.size)} no better than chance within two sampling sd "
-        f"(first: {table.llm_name[i]}, V = {tokens(table.v[i])}): a law fits guessing there"
+        f"(first: {table.llm_name[i]}, V = {tokens(table.v[i])}){then}"
     ]

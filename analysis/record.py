@@ -16,6 +16,7 @@ import numpy as np
 import scipy
 
 from analysis.bootstrap import percentile_interval
+from analysis.compare import Comparison
 from analysis.data import Dataset
 from analysis.optimum import Optimum
 from analysis.remarks import remarks
@@ -34,7 +35,9 @@ def analysis_record(analysis: Analysis) -> dict[str, Any]:
     """
     first, *more = analysis.studies
     options = first.options
-    record = study_record(first)
+    told = {id(study) for study in analysis.told}
+    records = [study_record(study, warn=id(study) in told) for study in (first, *more)]
+    record = records[0]
     record["data"] = {**dataset_record(analysis.dataset), **record["data"]}
     record["warnings"] = [*analysis.dataset.warnings, *record["warnings"]]
     return {
@@ -43,7 +46,18 @@ def analysis_record(analysis: Analysis) -> dict[str, Any]:
         "seed": options.seed,
         "loss": options.loss,
         "versions": versions(),
-        "more_groups": [study_record(study) for study in more],
+        "methods": [_comparison(item) for item in analysis.comparisons],
+        "more_groups": records[1:],
+    }
+
+
+def _comparison(item: Comparison) -> dict[str, Any]:
+    return {
+        "llm_name": item.llm_name,
+        "n": item.n,
+        "tasks": list(item.tasks),
+        "blind_error": plain(item.blind),
+        "points": plain(item.points),
     }
 
 
@@ -79,8 +93,8 @@ def dataset_record(dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def study_record(study: Study) -> dict[str, Any]:
-    """Cells, laws, verdicts, optimum, intervals, evidence, design and warnings of one task group."""
+def study_record(study: Study, warn: bool = True) -> dict[str, Any]:
+    """Cells, laws, verdicts, optimum, intervals, evidence, design and (if `warn`) warnings of one group."""
     table, best = study.table, study.best
     weights = akaike_weights([law.fit for law in study.laws.values()])
     return {
@@ -115,7 +129,7 @@ def study_record(study: Study) -> dict[str, Any]:
         "evidence": _evidence(study),
         "tasks": plain(study.pooled),
         "design": _design(study),
-        "warnings": list(remarks(study)),
+        "warnings": list(remarks(study)) if warn else [],
     }
 
 

@@ -31,11 +31,12 @@ from analysis.document import (
     to_markdown,
 )
 from analysis.laws import LAWS
-from analysis.limits import limits
+from analysis.limits import limits, limits_of_methods
 from analysis.record import analysis_record, to_json, versions
 from analysis.study import PAPER_ORIGIN, Analysis, Options, Study, analyze
 from analysis.tables import (
     cell_table,
+    comparison_table,
     deploy_table,
     design_table,
     falling_table,
@@ -45,6 +46,8 @@ from analysis.tables import (
     task_table,
 )
 
+METHODS = "Methods compared"
+_MOST_SLOPES = 8  # tables of slopes a task, where methods are compared without a law
 _MOST_ROWS = 500  # of the table of cells
 
 
@@ -99,8 +102,10 @@ def report_of(analysis: Analysis, out: Path) -> dict[str, Any]:
     blocks = _blocks(analysis, gallery)
     result = analysis_record(analysis)
     origin = analysis.studies[0].origin
-    title = "LLM size or visual tokens: what " + (
-        f"{origin} published" if analysis.published else f"{origin} says"
+    title = (
+        ("LLM size or visual tokens" if analysis.told else "Methods compared")
+        + ": what "
+        + (f"{origin} published" if analysis.published else f"{origin} says")
     )
     (Path(out) / "report.md").write_text(to_markdown(title, blocks), encoding="utf-8")
     (Path(out) / "analysis.json").write_text(to_json(result), encoding="utf-8")
@@ -112,8 +117,54 @@ def report_of(analysis: Analysis, out: Path) -> dict[str, Any]:
 
 
 def _blocks(analysis: Analysis, gallery: _Gallery) -> list[Block]:
-    studies, paper = list(analysis.studies), list(analysis.paper)
-    blocks: list[Block] = [Text(prose.summary(analysis.dataset, studies, paper), lead=True)]
+    studies, paper = list(analysis.told), list(analysis.paper)
+    blocks = _methods_section(analysis, gallery)
+    if studies:
+        blocks += [Text(prose.summary(analysis.dataset, studies, paper), lead=True)]
+        blocks += _law_blocks(analysis, studies, paper, gallery)
+    elif len(analysis.studies) <= _MOST_SLOPES:
+        blocks += _task_section(list(analysis.studies), gallery)
+    notes = [*analysis.dataset.warnings, *limits(analysis.dataset, studies)]
+    notes += limits_of_methods(analysis.comparisons) if analysis.comparisons else []
+    blocks += [Heading("What this data cannot tell"), Bullets(tuple(dict.fromkeys(notes)))]
+    return [*blocks, Heading("Reproduce"), _footer(analysis)]
+
+
+def _methods_section(analysis: Analysis, gallery: _Gallery) -> list[Block]:
+    """The methods beside each other: what a report on several compressors begins with."""
+    if not analysis.comparisons:
+        return []
+    several = len(analysis.comparisons) > 1
+    lead = " ".join(prose.methods_summary(item) for item in analysis.comparisons)
+    reason = prose.no_law(list(analysis.studies))
+    blocks: list[Block] = [Text(lead, lead=True), *([Text(reason)] if reason else []), Heading(METHODS)]
+    blocks.append(
+        Text(
+            "Error is 1 - the plain mean score over the tasks, in the table also of each group of tasks; "
+            "intervals are 95% from the sampling noise of the test items, where rows count them. FLOPs are "
+            "those of one whole answer: vision tower, compressor, LLM, and a first pass over the query where "
+            "a method makes one. V that is not whole is the mean count of a method whose count depends on "
+            "the picture. Pareto-best: no point with as few tokens (by V) or FLOPs (by FLOPs) has as low an "
+            "error."
+        )
+    )
+    for item in analysis.comparisons:
+        name = f"methods-{item.llm_name}" if several else "methods"
+        caption = (
+            f"{item.llm_name}: error against visual tokens and against inference FLOPs, a line a method in "
+            "order of V. In a shaded column all points have the V of its tick and stand side by side. "
+            "Vertical lines: 95% intervals. Rings: Pareto-best in that panel."
+        )
+        picture = gallery.add(name, plots.methods_figure(item), caption)
+        blocks += [Pictures((picture,), wide=True), comparison_table(item)]
+    return blocks
+
+
+def _law_blocks(
+    analysis: Analysis, studies: list[Study], paper: list[Study], gallery: _Gallery
+) -> list[Block]:
+    """All that follows from laws, and what the cells say without one."""
+    blocks: list[Block] = []
     blocks += claims(studies) if analysis.published and studies[0].options.loss == "raw" else []
     blocks += _cost_section(studies, paper, gallery)
     blocks += _law_section(studies, paper, gallery)
@@ -127,10 +178,7 @@ def _blocks(analysis: Analysis, gallery: _Gallery) -> list[Block]:
     blocks += _deploy_section(studies, paper)
     blocks += _task_section(studies, gallery)
     blocks += _design_section(studies, gallery)
-    blocks += [Heading("All cells"), _cells(studies)]
-    notes = [*analysis.dataset.warnings, *limits(analysis.dataset, studies)]
-    blocks += [Heading("What this data cannot tell"), Bullets(tuple(dict.fromkeys(notes)))]
-    return [*blocks, Heading("Reproduce"), _footer(analysis)]
+    return [*blocks, Heading("All cells"), _cells(studies)]
 
 
 def _cells(studies: list[Study]) -> Block:

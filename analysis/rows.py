@@ -87,6 +87,7 @@ class Row(NamedTuple):
     infer_flops: float = _NAN
     latency_ms: float = _NAN
     heldout_loss: float = _NAN
+    compressor_params: float = _NAN
 
 
 _MOST_FLOPS, _MOST_N = 1e36, 1e18  # beyond, a number is a slip of the pen and would overflow a cost
@@ -115,6 +116,7 @@ _OPTIONAL = (
     _Number("infer_flops", "infer_flops", 0.0, _MOST_FLOPS),
     _Number("latency_ms", "latency_ms", LEAST, 1e15),
     _Number("heldout_loss", None, LEAST, 1e9),
+    _Number("compressor_params", None, 0.0, _MOST_N),
 )
 _REQUIRED = ("llm_params_b", "visual_tokens", "score")
 _NAMES = ("task", "task_group", "llm_name", "compressor")
@@ -223,6 +225,7 @@ def _jsonl(file: _File, path: Path, reading: Reading) -> None:
     """Add the finished rows of a `.jsonl` file to `reading`."""
     first = len(reading.rows)
     setups: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+    cells: list[Any] = []
     provenance: dict[str, set[str]] = {key: set() for key in _PROVENANCE}
     # Not splitlines(): JSON strings may hold the other characters that it splits at.
     for number, line in enumerate(file.text.split("\n"), 1):
@@ -234,13 +237,14 @@ def _jsonl(file: _File, path: Path, reading: Reading) -> None:
             reading.unfinished += 1
             continue
         reading.rows.append(_jsonl_row(record, where, setups))
+        cells.append(comparable(record.get("cell_id")))
         for key, seen in provenance.items():
             value = record.get(key)
             if value and isinstance(value, str):
                 seen.add(value)
     for key, seen in provenance.items():
         reading.provenance[key] |= {cut(comparable(value)) for value in seen}
-    own = reading.rows[first:]
+    reading.rows[first:] = own = _mean_counts(reading.rows[first:], cells)
     if path.name == "result.jsonl" and any(math.isnan(row.heldout_loss) for row in own):
         loss, sha256 = _last_loss(path.with_name("metrics.jsonl"), file.label)
         if not math.isnan(loss):
@@ -290,6 +294,34 @@ def _jsonl_row(record: dict[str, Any], where: str, setups: dict[tuple[Any, ...],
             for key, _, low, high in _OPTIONAL
         ],
     )
+
+
+def _mean_counts(rows: list[Row], cells: list[Any]) -> list[Row]:
+    """The rows with one V a point of a cell, whatever the task.
+
+    Where the count depends on the picture, V is a mean over the pictures of a task, and differs from task to
+    task. The tasks of one cell then share the plain mean, as they share the mean of their scores. A cell may
+    hold several points: the i-th count of each task belongs to the i-th of them.
+    """
+    if all(row.v.is_integer() for row in rows):
+        return rows
+    keys = [(cell, row.seed, row.llm_name, row.setup) for row, cell in zip(rows, cells, strict=True)]
+    counts: dict[tuple[Any, ...], dict[tuple[str, str], set[float]]] = defaultdict(lambda: defaultdict(set))
+    for row, key in zip(rows, keys, strict=True):
+        if key[0] is not None:
+            counts[key][row.group, row.task].add(row.v)
+    mean: dict[tuple[Any, ...], float] = {}
+    for key, by_task in counts.items():
+        if len({len(own) for own in by_task.values()}) > 1:
+            continue  # some task lacks a point, and nothing tells which
+        ordered = {task: sorted(own) for task, own in by_task.items()}
+        for same in zip(*ordered.values(), strict=True):
+            shared = same[0] if len(set(same)) == 1 else math.fsum(same) / len(same)
+            mean |= {(key, task, v): shared for task, v in zip(ordered, same, strict=True)}
+    return [
+        row._replace(v=mean.get((key, (row.group, row.task), row.v), row.v))
+        for row, key in zip(rows, keys, strict=True)
+    ]
 
 
 def _last_loss(path: Path, beside: str) -> tuple[float, str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.bootstrap import Replicates, percentile_interval, resample
+from analysis.compare import Comparison, compare
 from analysis.cost import Cost, FlopsCost, latency_cost
 from analysis.data import BUILT_IN, Dataset, Table, load
 from analysis.design import Design, design
@@ -322,11 +323,21 @@ def _without_copies(base: Study, best: LawStudy) -> Verdict | None:
 
 @dataclass(frozen=True)
 class Analysis:
-    """A dataset, the study of each of its task groups, and those of the published data to set beside them."""
+    """A dataset, the study of each of its task groups, and those of the published data to set beside them.
+
+    comparisons: of the methods, where the data name several.
+    """
 
     dataset: Dataset
     studies: tuple[Study, ...]
     paper: tuple[Study, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+
+    @property
+    def told(self) -> tuple[Study, ...]:
+        """The studies that a reader is shown: beside a comparison of methods, those that carry a law."""
+        carried = tuple(study for study in self.studies if study.no_fit is None)
+        return carried if self.comparisons else self.studies
 
     @property
     def published(self) -> bool:
@@ -345,9 +356,10 @@ def analyze(sources: Sequence[Path | str], options: Options, *, beside_paper: bo
     kind = "this data" if dataset.source.endswith(".csv") else "this sweep"
     origin = PAPER_ORIGIN if published else kind
     studies = tuple(study(table, origin, options) for table in dataset.tables)
+    analysis = Analysis(dataset, studies, comparisons=compare(dataset.methods))
     paper: tuple[Study, ...] = ()
-    if beside_paper and not published:
+    if beside_paper and not published and analysis.told:
         plain = Options(options.laws, options.bootstrap, options.seed)
         known = [load(name).tables[0] for name in ("paper-reasoning", "paper-ocr")]
         paper = tuple(study(table, PAPER_ORIGIN, plain) for table in known)
-    return Analysis(dataset, studies, paper)
+    return replace(analysis, paper=paper)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 from matplotlib import colormaps, rc_context
@@ -50,6 +50,7 @@ STYLE = {
     "svg.fonttype": "path",
     "svg.hashsalt": "analysis",
 }
+METHOD_COLOURS = (*OKABE_ITO, "#8a8a8a")
 MOST_TILES = 400  # places of a heat map above which none is drawn
 _TITLE = 50  # characters of a title that fit on one line
 _ANNOTATED = 80  # cells of a heat map above which values are no longer written into them
@@ -80,6 +81,24 @@ def plain(text: str) -> str:
 def size_colours(number: int) -> list[Colour]:
     """Ordered colours for so many LLM sizes, dark to light."""
     return [tuple(colormaps["viridis"](x)) for x in np.linspace(0.0, 0.85, number)]
+
+
+def method_look(index: int) -> dict[str, Any]:
+    """Colour, marker, filling and line of the index-th method: no two of the first 32 look the same.
+
+    Eight filled markers on solid lines, then eight open ones on dashed lines, whose colours come in the same
+    order on other markers; then both again on dotted and dash-dotted lines.
+    """
+    turn, place = divmod(index, len(METHOD_COLOURS))
+    colour = METHOD_COLOURS[place]
+    return {
+        "color": colour,
+        "marker": MARKERS[(place + 3 * turn) % len(MARKERS)],
+        "mfc": "white" if turn % 2 else colour,
+        "mec": colour if turn % 2 else DARK,
+        "mew": 1.5 if turn % 2 else 0.5,
+        "ls": ("-", (0, (4, 1.5)), (0, (1, 1.2)), (0, (4, 1.2, 1, 1.2)))[turn % 4],
+    }
 
 
 def new_figure(title: str, height: float = 4.5) -> tuple[Figure, Axes]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 import numpy as np
 
 from analysis.bootstrap import percentile_interval
+from analysis.compare import Comparison
 from analysis.design import Candidate
 from analysis.document import Grid
 from analysis.optimum import Optimum, Pick
@@ -95,6 +97,43 @@ def method_table(study: Study) -> Grid:
         f"{cost(study.budget, study.cost.unit)}."
     )
     return Grid(header, rows, caption)
+
+
+def comparison_table(comparison: Comparison) -> Grid:
+    """Every method at every V: error, FLOPs, parameters; by V, then error."""
+
+    def known(value: float, form: Callable[[float], str]) -> str:
+        return form(value) if np.isfinite(value) else "-"
+
+    rows = []
+    for point in comparison.points:
+        ends = f" [{percent(point.interval[0])}, {percent(point.interval[1])}]" if point.interval else ""
+        best = [name for name, is_best in (("V", point.best_at_v), ("FLOPs", point.best_at_flops)) if is_best]
+        rows.append(
+            (
+                tokens(point.v),
+                point.method,
+                percent(point.error) + ends,
+                *(known(point.by_group.get(group, np.nan), percent) for group in comparison.groups),
+                known(point.infer_flops, flops),
+                known(point.without_tower, flops),
+                known(point.compressor_params, count),
+                ", ".join(best) or "-",
+            )
+        )
+    header = (
+        "V",
+        "method",
+        "error [95%]" if any(point.interval for point in comparison.points) else "error",
+        *(f"error, {group}" for group in comparison.groups),
+        "FLOPs an answer",
+        "without the tower",
+        "compressor parameters",
+        "Pareto-best by",
+    )
+    blind = "not measured" if comparison.blind is None else percent(comparison.blind)
+    caption = f"{comparison.llm_name} ({count(comparison.n)} parameters); error without an image: {blind}."
+    return Grid(header, tuple(rows), caption)
 
 
 def falling_table(studies: list[Study]) -> Grid:

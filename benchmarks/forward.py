@@ -22,7 +22,8 @@ import numpy as np
 import peer
 import torch
 
-from vlmscale.cost.flops import decoder_flops, head_flops, tower_flops
+from vlmscale.cost.flops import decoder_flops, head_flops
+from vlmscale.cost.image import tower_flops
 from vlmscale.models.decoder import Decoder
 from vlmscale.models.vision import VisionTower
 
@@ -50,7 +51,7 @@ def tower(name: str, options: argparse.Namespace, limits: dict[str, float]) -> d
         peer.torch_done(device)
 
     seconds = peer.in_turn({"our": our, "their": their}, options.repeats)
-    work = options.images * tower_flops(replace(size, levels=(layer,)))
+    work = options.images * tower_flops(replace(size, select_layer=layer))
     return {
         "model": name,
         "images/s": options.images / seconds["our"],

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vlmscale import __version__
+from vlmscale.compressors import label, parse_options
 from vlmscale.config import Cell, Sweep, cell_id
-from vlmscale.cost import flops
+from vlmscale.cost.image import sample_flops
 from vlmscale.errors import UserError
-from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.records import Status, make_directory, read_json, read_rows, write_json, write_lines
 
 _TYPICAL_TEXT = 96  # tokens; only the order and the time left depend on it
@@ -28,7 +28,11 @@ class CellDirectory:
     @property
     def label(self) -> str:
         """Short name for progress and tables."""
-        return f"{self.cell.llm.name} V={self.cell.compressor.visual_tokens}"
+        compressor = self.cell.compressor
+        if not compressor.visual_tokens:
+            return f"{self.cell.llm.name} blind"
+        method = label(compressor.name, parse_options(compressor.name, compressor.options))
+        return f"{self.cell.llm.name} {method} V={compressor.visual_tokens}"
 
     @property
     def finished(self) -> bool:
@@ -38,11 +42,8 @@ class CellDirectory:
     @property
     def work(self) -> float:
         """Predicted training FLOPs and start-up, in arbitrary units: for ordering and time left."""
-        llm, visual = SIZES[self.cell.llm.name], self.cell.compressor.visual_tokens
-        tower = TOWERS[self.cell.tower.name]
-        compressor = flops.compressor_flops(self.cell.compressor.name, visual, tower, llm.width)
-        vocab = self.cell.data.vocab_size
-        sample = flops.training_flops(llm, vocab, _TYPICAL_TEXT + visual, _TYPICAL_TEXT / 4, compressor)
+        text = _TYPICAL_TEXT
+        sample = sample_flops(self.cell, self.cell.data.vocab_size, text, text / 4, text / 8, 1.0)
         return sample * self.cell.train.batch_size * self.cell.train.steps + 3e11
 
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.errors import FlaxError
 
-from vlmscale.compressors import COMPRESSORS, Features
+from vlmscale.compressors import Features, make_compressor
+from vlmscale.compressors.positions import sincos_positions
 
 TOLERANCE = 2e-5
 Arrays = Mapping[str, np.ndarray]
@@ -58,6 +59,7 @@ def tokenpacker(arrays: Arrays) -> jax.Array:
     params: dict[str, Any] = {
         "q": dense(arrays, "q_proj_1"),
         "q_norm": norm(arrays, "ln_q_1"),
+        "attention": attention(arrays, "clip_attn"),
         "up": dense(arrays, "mlp.0"),
         "down": dense(arrays, "mlp.2"),
     }
@@ -65,17 +67,77 @@ def tokenpacker(arrays: Arrays) -> jax.Array:
         params[f"{letter}_up"] = dense(arrays, f"{letter}_proj_1.0")
         params[f"{letter}_down"] = dense(arrays, f"{letter}_proj_1.2")
         params[f"{letter}_norm"] = norm(arrays, f"ln_{letter}_1")
-    for letter, part in attention(arrays, "clip_attn").items():
-        params[f"attention_{letter}"] = part
     llm_width = params["down"]["kernel"].shape[1]
-    module = COMPRESSORS["tokenpacker"].build((side // scale) ** 2, llm_width, num_heads=num_heads)
+    module = make_compressor("tokenpacker", (side // scale) ** 2, llm_width, num_heads=num_heads)
     features = Features(jnp.asarray(arrays["features"]), jnp.asarray(arrays["features_multi"]))
     run = jax.jit(lambda params, features: module.apply({"params": params}, features, None))
     tokens, _ = run(params, features)
     return tokens
 
 
-KINDS: dict[str, Callable[[Arrays], jax.Array]] = {"tokenpacker": tokenpacker}
+def quecc(arrays: Arrays) -> jax.Array:
+    """What our QueCC makes of the file's inputs, in front of the projector."""
+    side, stride, width, _, num_heads = (int(number) for number in arrays["meta"])
+    kernel = arrays["param.q_downsample.weight"]  # [C, 1, k, k]
+    params: dict[str, Any] = {
+        "text": dense(arrays, "text_projection.0"),
+        "text_norm": norm(arrays, "text_projection.1"),
+        "downsample": {"kernel": kernel[:, 0].transpose(1, 2, 0), "bias": arrays["param.q_downsample.bias"]},
+        "attention": attention(arrays, "clip_attn"),
+    }
+    for letter in "qkv":
+        params[f"{letter}_up"] = dense(arrays, f"{letter}_proj.0")
+        params[f"{letter}_down"] = dense(arrays, f"{letter}_proj.2")
+        params[f"{letter}_norm"] = norm(arrays, f"{letter}_proj.3")
+    module = make_compressor("quecc", (side // stride) ** 2, width, num_heads=num_heads)
+    features = Features(jnp.asarray(arrays["features"]), jnp.asarray(arrays["features_multi"]))
+    run = jax.jit(lambda params, *inputs: module.apply({"params": params}, *inputs, method="compress"))
+    tokens, _ = run(params, features, jnp.asarray(arrays["text"]))
+    return tokens
+
+
+def prumerge(arrays: Arrays) -> jax.Array:
+    """What our PruMerge or PruMerge+ makes of the file's inputs, before the projector."""
+    _, patches, _, adaptive, plus, ratio = (float(number) for number in arrays["meta"])
+    chosen = int(patches * ratio) * (2 if plus else 1)
+    visual_tokens = 1 + (int(patches) if adaptive else chosen)
+    name, count = "prumerge_plus" if plus else "prumerge", "adaptive" if adaptive else "fixed"
+    module = make_compressor(name, visual_tokens, 1, {"count": count})
+    features = Features(
+        jnp.asarray(arrays["features"][:, 1:]),
+        keys=jnp.asarray(arrays["keys"]),
+        class_query=jnp.asarray(arrays["queries"][:, 0]),
+    )
+    tokens, valid = jax.jit(lambda features: module.apply({}, features, None, method="compress"))(features)
+    return tokens[:, valid[0]]
+
+
+def mqt(arrays: Arrays) -> jax.Array:
+    """What our MQT makes of the file's inputs; its positions are computed, and must be the file's."""
+    side, llm_width, _, num_heads, kept = (int(number) for number in arrays["meta"])
+    table = arrays["param.pos_embed"]
+    # As many bits as the released tables have, whose last one may be rounded either way.
+    if np.max(np.abs(sincos_positions(side, table.shape[1]) - table)) > np.finfo(np.float16).eps:
+        raise ValueError("param.pos_embed holds other positions")
+    params: dict[str, Any] = {
+        "queries": arrays["param.query"],
+        "attention": attention(arrays, "attn"),
+        "proj": {"kernel": arrays["param.proj"]},
+    }
+    for letter in "qkv":
+        params[f"{letter}_norm"] = norm(arrays, f"ln_{letter}")
+    module = make_compressor("mqt", kept, llm_width, largest=side**2, num_heads=num_heads)
+    run = jax.jit(lambda params, features: module.apply({"params": params}, features, None))
+    tokens, _ = run(params, Features(jnp.asarray(arrays["features"])))
+    return tokens
+
+
+KINDS: dict[str, Callable[[Arrays], jax.Array]] = {
+    "quecc": quecc,
+    "tokenpacker": tokenpacker,
+    "mqt": mqt,
+    "prumerge": prumerge,
+}
 
 
 def compare(path: Path) -> float:

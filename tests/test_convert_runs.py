@@ -24,7 +24,7 @@ from tests.integration.tiny import train
 from tests.pretrained import load_whole, opened, same, save_photo
 from vlmscale import model_card
 from vlmscale.cli import main
-from vlmscale.compressors import COMPRESSORS
+from vlmscale.compressors.features import tower_features
 from vlmscale.config import CompressorConfig
 from vlmscale.convert import export_run
 from vlmscale.data.images import decode_image
@@ -32,7 +32,7 @@ from vlmscale.errors import UserError
 from vlmscale.evaluate.generation import prompt_batch
 from vlmscale.evaluate.runner import LoadedRun, abstract_params, answer_one, load_run
 from vlmscale.models.sizes import TOWERS
-from vlmscale.train.prepared import encode_images, load_tower, pixels_of
+from vlmscale.train.prepared import load_tower, pixels_of
 from vlmscale.train.step import build_model, model_inputs
 from vlmscale.weights import tree
 
@@ -92,10 +92,9 @@ def our_logits(run: LoadedRun, image: Path) -> np.ndarray:
     batch["segment_ids"] = batch["valid"].astype(np.int32)
     batch["target_positions"] = batch["positions"][:, 1 + slots :]
     tower = load_tower(run.prepared.path / "tower.safetensors", run.cell.tower.name)
-    levels = COMPRESSORS[run.cell.compressor.name].needs_levels
-    batch |= encode_images(run.cell.tower.name, tower, jax.numpy.asarray(pixels), levels)
+    batch |= tower_features(size, tower, jax.numpy.asarray(pixels), frozenset())
     model = build_model(run.cell, run.prepared.tokenizer.get_vocab_size(), "loop")
-    return np.asarray(model.apply({"params": run.params}, *model_inputs(batch)))
+    return np.asarray(model.apply({"params": run.params}, model_inputs(batch), batch["target_positions"]))
 
 
 def snippets(directory: Path, language: str) -> list[str]:
@@ -224,10 +223,9 @@ def test_a_run_with_another_compressor_is_its_parts(
     with torch.no_grad():
         hidden = names["tower"](pixels, output_hidden_states=True).hidden_states
     weights = load_tower(run.prepared.path / "tower.safetensors", run.cell.tower.name)
-    wanted = encode_images(
-        run.cell.tower.name, weights, jax.numpy.asarray(pixels.numpy().transpose(0, 2, 3, 1)), True
-    )
-    assert "reads number 4 of its `hidden_states`, and numbers 1, 2, 3, 4 side by" in text
+    channels_last = jax.numpy.asarray(pixels.numpy().transpose(0, 2, 3, 1))
+    wanted = tower_features(TOWERS[run.cell.tower.name], weights, channels_last, frozenset({"levels"}))
+    assert "reads number 4 of its `hidden_states`; numbers 1, 2, 3, 4 side by" in text
     np.testing.assert_allclose(hidden[4].numpy(), wanted["selected"], atol=1e-4)
     levels = torch.cat([hidden[i] for i in (1, 2, 3, 4)], -1).numpy()
     np.testing.assert_allclose(levels, wanted["levels"], atol=1e-4)

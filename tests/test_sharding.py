@@ -15,13 +15,14 @@ import torch
 from jax.sharding import PartitionSpec
 
 from tests.pretrained import DECODERS, LLAVAS, Saved, assert_same, make_decoder, one_device, saver
-from vlmscale.compressors import COMPRESSORS, Features
+from vlmscale.compressors import COMPRESSORS, Features, make_compressor
+from vlmscale.compressors.features import abstract_features
 from vlmscale.errors import UserError
 from vlmscale.layers import abstract_params
 from vlmscale.models.decoder import Decoder, unstack
 from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.models.vision import VisionTower
-from vlmscale.models.vlm import VLM
+from vlmscale.models.vlm import VLM, Inputs
 from vlmscale.sharding import LARGE, RULES, batch_sharding, make_mesh, place
 from vlmscale.weights.directory import Description, abstract_decoder, abstract_tower, load_directory
 
@@ -95,16 +96,11 @@ def test_all_axes_are_in_the_rules(name: str) -> None:
 @pytest.mark.parametrize("name", COMPRESSORS)
 def test_compressors_are_split(name: str) -> None:
     """Onto vicuna-7b from a CLIP of 24 x 24 patches."""
-    features = jax.eval_shape(
-        lambda: (
-            Features(jnp.zeros((1, 576, 1024)), jnp.zeros((1, 576, 4096)))
-            if COMPRESSORS[name].needs_levels
-            else Features(jnp.zeros((1, 576, 1024)))
-        )
-    )
-    count = COMPRESSORS[name].counts(24)[-1 if name == "mlp" else 0]
-    text = jnp.zeros((1, 4, 4096))
-    tree = abstract_params(COMPRESSORS[name].build(count, 4096), features, text)
+    tower, count = TOWERS["clip-vit-large-patch14-336"], COMPRESSORS[name].counts(24)[-1]
+    features = abstract_features(tower, COMPRESSORS[name].needs(tower, {}))
+    size = SIZES["vicuna-7b-v1.5"]
+    compressor = make_compressor(name, count, size.width, decoder_size=size, tower_size=tower)
+    tree = abstract_params(compressor, features, jax.ShapeDtypeStruct((1, 1, size.width), jnp.float32))
     for mesh in MESHES:
         for leaf in jax.tree.leaves(place(tree, make_mesh(*mesh))):
             held = leaf.sharding.shard_shape(leaf.shape)
@@ -285,9 +281,8 @@ def llava_logits(
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         slots = tokens == llava.image_token_id
         rest = {name: params[name] for name in ("decoder", "compressor")}
-        return vlm.apply(
-            {"params": rest}, tokens, slots, positions, jnp.ones_like(tokens), features, positions
-        )
+        inputs = Inputs(tokens, slots, positions, jnp.ones_like(tokens), features)
+        return vlm.apply({"params": rest}, inputs, positions)
 
     split = functools.partial(jax.device_put, device=batch_sharding(mesh))
     return ids, np.asarray(run(params, split(jnp.asarray(ids)), split(jnp.asarray(PIXELS))))

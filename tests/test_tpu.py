@@ -55,7 +55,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 
 from vlmscale.evaluate.generation import make_generate
 from vlmscale.models.sizes import SIZES
-from vlmscale.models.vlm import VLM
+from vlmscale.models.vlm import VLM, Inputs
 from vlmscale.sharding import AXES, batch_sharding, place
 from vlmscale.weights.directory import abstract_decoder
 
@@ -78,7 +78,7 @@ def rows(dtype, length=600):
 
 def loss(params, tokens, slots, places, ids, targets):
     vlm = model("scan", "splash")
-    return vlm.apply({"params": params}, tokens, slots, places, ids, None, targets).mean()
+    return vlm.apply({"params": params}, Inputs(tokens, slots, places, ids), targets).mean()
 
 
 ids = rows(jnp.int32)

@@ -315,7 +315,8 @@ def split_rows(x: Array) -> Array:
     """Keep the rows of [B, ...] split over `data` and `fsdp`, and nothing else split, under `jax.set_mesh`.
 
     Without this the compiler may choose to split activations as the parameters are, with the whole batch on
-    every device. A batch that does not divide is left to the compiler.
+    every device; or, worse, XLA (jax 0.10 on CPU) has moved rows to the wrong device between two products
+    whose weights were split over `fsdp` too. A batch that does not divide is left to the compiler.
     """
     axes = _mesh_axes()
     over = tuple(name for name in BATCH_AXES if name in axes)

@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = _add(
         commands,
         "demo",
-        _demo,
+        _sweep_run,
         "train the demo sweep and write its report; --config.KEY=VALUE overrides",
         "vlmscale demo --out runs/demo",
     )
@@ -139,6 +139,11 @@ def _add_generate(commands: Any) -> None:
         help="a question for --run; for --model the whole text, taken literally but for \\n",
     )
     generate.add_argument("--max-new-tokens", type=int, help="longest answer (default 32; --run: its own)")
+    generate.add_argument(
+        "--visual-tokens",
+        type=int,
+        help="tokens of the image, for a --run whose compressor gives many counts",
+    )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     generate.add_argument("--top-p", type=float, help="nucleus to sample from (default all)")
     generate.add_argument("--seed", type=int, help="of sampling (default 0)")
@@ -194,7 +199,7 @@ def _add_sweep(commands: Any) -> None:
         sweep,
         "run",
         _sweep_run,
-        "train and evaluate all cells; --config.KEY=VALUE overrides",
+        "train and evaluate all cells and write the report; --config.KEY=VALUE overrides",
         "vlmscale sweep run configs/sweeps/demo.py --out DIR",
     )
     run.add_argument("sweep", metavar="SWEEP", help="file with get_sweep(overrides)")
@@ -208,23 +213,22 @@ def _add_sweep(commands: Any) -> None:
     )
 
 
-def _demo(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    report = arguments.out / "report" / "report.html"
-    code = _sweep_run(arguments, overrides)
-    if code:
-        return code
-    from analysis.data import DataError
+def _report(results: Path) -> None:
+    """Write the report of a finished sweep beside its results, unless it is there and as new."""
+    from analysis.data import DataError, load
     from analysis.report import write_report
 
-    stale = not report.exists() or report.stat().st_mtime < (arguments.out / "results.jsonl").stat().st_mtime
-    if stale:
-        print("fitting the laws and drawing the report ...", file=sys.stderr)
+    report = results.with_name("report") / "report.html"
+    if not report.exists() or report.stat().st_mtime < results.stat().st_mtime:
         try:
-            write_report(arguments.out, arguments.out / "report")
+            if not load(results.parent).comparable:
+                print("no report: fewer than two cells with an image", file=sys.stderr)
+                return
+            print("comparing the cells and drawing the report ...", file=sys.stderr)
+            write_report(results.parent, report.parent)
         except DataError as error:
             raise UserError(str(error)) from error
     print(f"report: {report}")
-    return 0
 
 
 def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -238,7 +242,9 @@ def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     sweep = load_sweep(arguments.sweep, overrides)
     cells = open_sweep(sweep, arguments.out)
     if all(cell.finished for cell in cells):
-        print(f"all {len(cells)} cells are done: {collect(cells, arguments.out)}")
+        results = collect(cells, arguments.out)
+        print(f"all {len(cells)} cells are done: {results}")
+        _report(results)
         return 0
     from vlmscale.train.loop import open_run
     from vlmscale.train.prepared import prepare
@@ -254,8 +260,12 @@ def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if stopped:
         print("stopped; every cell is saved, run again to go on", file=sys.stderr)
         return EXIT_AGAIN
-    print(f"results: {collect(cells, arguments.out)}")
-    return 1 if failed else 0
+    results = collect(cells, arguments.out)
+    print(f"results: {results}")
+    if failed:
+        return 1
+    _report(results)
+    return 0
 
 
 def _sweep_status(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -333,9 +343,10 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
             json.dumps({"run": str(arguments.run_dir), "rows": [json.loads(row.to_json()) for row in rows]})
         )
         return 0
-    print(f"{'task':14} {'group':12} {'score':>7} {'chance':>7} {'items':>6}")
+    print(f"{'task':14} {'group':12} {'V':>6} {'score':>7} {'chance':>7} {'items':>6}")
     for row in rows:
-        print(f"{row.task:14} {row.task_group:12} {row.score:7.3f} {row.chance:7.3f} {row.n_items:6d}")
+        what = f"{row.task:14} {row.task_group:12} {row.visual_tokens:6.4g}"
+        print(f"{what} {row.score:7.3f} {row.chance:7.3f} {row.n_items:6d}")
     print(f"wrote {arguments.run_dir / 'result.jsonl'} and {arguments.run_dir / 'answers'}")
     return 0
 
@@ -354,13 +365,17 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--seed={seed}: must be 0 or above and below 2**32")
     sampling = Sampling(arguments.temperature, 1.0 if arguments.top_p is None else arguments.top_p)
     if arguments.model:
+        if arguments.visual_tokens is not None:
+            raise UserError("--visual-tokens goes with --run; a downloaded model has one count")
         return _generate_pretrained(arguments, sampling, seed)
     from vlmscale.evaluate.runner import answer_one, load_run
 
     if arguments.dtype or arguments.attention != "xla":
         raise UserError("--dtype and --attention go with --model; a run answers in float32")
     run = load_run(arguments.run_dir)
-    said = answer_one(run, arguments.image, arguments.prompt, longest, sampling, seed)
+    said = answer_one(
+        run, arguments.image, arguments.prompt, longest, sampling, seed, arguments.visual_tokens
+    )
     _show_answer(arguments, arguments.prompt, said)
     return 0
 

@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from vlmscale.compressors import COMPRESSORS, check_count
+from vlmscale.compressors import COMPRESSORS, check_count, parse_options, spoken
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES, TOWERS
 
@@ -51,7 +51,11 @@ class CompressorConfig:
     """What stands between tower and LLM. `visual_tokens` = 0 is the blind model."""
 
     name: str = "pool"
+    # Tokens of an image; of a method whose count depends on the image the most it may give, of one that is
+    # trained for many counts the largest.
     visual_tokens: int = 16
+    # Choices of the method's own, such as "placement=after"; several are separated by commas.
+    options: str = ""
 
 
 @dataclass
@@ -105,6 +109,8 @@ class EvaluateConfig:
     batch_size: int = field(default=400, metadata=_BYSTANDER)
     # "none": each question alone; "gold": behind the conversation so far with its true answers.
     history: str = "none"
+    # Token counts to evaluate at, for methods whose one model gives many; () for the compressor's own.
+    visual_tokens: tuple[int, ...] = ()
 
 
 @dataclass
@@ -222,8 +228,7 @@ def validate(cell: Cell) -> None:
     _one_of("data.image_mode", cell.data.image_mode, ("resize", "pad", "crop"))
     _one_of("evaluate.history", cell.evaluate.history, ("none", "gold"))
     _check_weights(cell.tower)
-    if cell.compressor.visual_tokens:
-        check_count(cell.compressor.name, cell.compressor.visual_tokens, TOWERS[cell.tower.name].grid)
+    _check_compressor(cell)
     if cell.data.source == "llava" and not cell.data.records:
         raise UserError(
             "data.source=llava needs --config.data.records=FILE.json (and --config.data.images=DIR)"
@@ -254,6 +259,44 @@ def validate(cell: Cell) -> None:
         )
 
 
+def _check_compressor(cell: Cell) -> None:
+    compressor, tower = cell.compressor, TOWERS[cell.tower.name]
+    options, method = parse_options(compressor.name, compressor.options), COMPRESSORS[compressor.name]
+    asked = cell.evaluate.visual_tokens
+    if not compressor.visual_tokens:
+        if asked:
+            raise UserError(f"evaluate.visual_tokens={asked}: a blind model has no visual tokens")
+        return
+    check_count(compressor.name, compressor.visual_tokens, tower.grid)
+    method.needs(tower, options)  # refuses what this tower cannot give
+    if not asked:
+        return
+    if method.nested is None:
+        many = [name for name, row in COMPRESSORS.items() if row.nested is not None]
+        raise UserError(
+            f"evaluate.visual_tokens={asked}: one {compressor.name} model gives one count; "
+            f"many are given by {', '.join(many)}"
+        )
+    known = evaluable_counts(cell)
+    for count in asked:
+        if type(count) is not int or count not in known:
+            raise UserError(
+                f"evaluate.visual_tokens: {count!r}: this {compressor.name} gives {spoken(known)}"
+            )
+    if len(set(asked)) < len(asked):
+        raise UserError(f"evaluate.visual_tokens={asked}: names a count twice")
+
+
+def evaluable_counts(cell: Cell) -> list[int]:
+    """Token counts that the trained model of a cell can be asked for, by its largest."""
+    largest, method = cell.compressor.visual_tokens, COMPRESSORS[cell.compressor.name]
+    if method.nested is None:
+        return [largest]
+    if method.trains_all:
+        return sorted(method.nested(largest))
+    return list(range(1, largest + 1))  # its first tokens stand by themselves
+
+
 def _check_weights(tower: TowerConfig) -> None:
     advice = "name a Hugging Face directory or a safetensors file with --config.tower.checkpoint=PATH"
     if not tower.checkpoint:
@@ -279,7 +322,9 @@ def to_dict(config: Any) -> dict[str, Any]:
 def from_dict(values: dict[str, Any]) -> Cell:
     """The inverse of `to_dict`."""
     kinds = {item.name: type(getattr(Cell(), item.name)) for item in dataclasses.fields(Cell)}
-    return Cell(**{name: kinds[name](**part) for name, part in values.items()})
+    cell = Cell(**{name: kinds[name](**part) for name, part in values.items()})
+    cell.evaluate.visual_tokens = tuple(cell.evaluate.visual_tokens)  # JSON has lists alone
+    return cell
 
 
 def cell_id(cell: Cell) -> str:
@@ -291,8 +336,14 @@ def cell_id(cell: Cell) -> str:
       UserError: a named file or directory cannot be read.
     """
     parts = identity(cell)
+    # Fields that came later count only where they say something, so that ids of older cells stay.
+    options = parse_options(cell.compressor.name, parts.pop("compressor.options"))
     if not cell.compressor.visual_tokens:
         del parts["compressor.name"]  # a blind model has no compressor
+    elif options:
+        parts["compressor.options"] = options
+    if not parts["evaluate.visual_tokens"]:
+        del parts["evaluate.visual_tokens"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

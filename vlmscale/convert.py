@@ -14,6 +14,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from vlmscale import model_card
+from vlmscale.compressors import parse_options
+from vlmscale.config import Cell
 from vlmscale.data.processor import CONFIG as IMAGES
 from vlmscale.data.processor import NESTED, ImageProcessor, processor_config
 from vlmscale.data.tokenizer import IMAGE, tokenizer_files
@@ -222,9 +224,17 @@ def export_run(run: LoadedRun, out: Path, dtype: str | None) -> list[Path]:
             out, config, tensors, text | {"README.md": model_card.of_llm(run)}, kind
         )
     tower = load_tower(run.prepared.path / "tower.safetensors", run.cell.tower.name)
-    if compressor.name in ("mlp", "pool"):
+    if _is_llava(run.cell):
         return _export_llava(run, tower, out, (size, config), text, kind)
     return _export_parts(run, tower, out, config, text, kind)
+
+
+def _is_llava(cell: Cell) -> bool:
+    """Whether transformers' LLaVA can be the run: its projector, behind equal windows or none."""
+    compressor = cell.compressor
+    if compressor.name == "pool" and not parse_options("pool", compressor.options):
+        return TOWERS[cell.tower.name].grid % math.isqrt(compressor.visual_tokens) == 0
+    return compressor.name == "mlp"
 
 
 def _export_llava(
@@ -280,6 +290,7 @@ def _export_parts(
         written.append(out / COMPRESSOR)
         about = {
             "compressor": run.cell.compressor.name,
+            "options": run.cell.compressor.options,
             "visual_tokens": str(run.cell.compressor.visual_tokens),
         }
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from vlmscale.compressors import COMPRESSORS, parse_options
 from vlmscale.data.tokenizer import ASSISTANT, IMAGE, USER
 from vlmscale.evaluate.runner import LoadedRun
 from vlmscale.models.sizes import SIZES, TOWERS
@@ -76,11 +77,20 @@ compressor = load_file("compressor.safetensors")
 ```
 
 - `llm`: a prompt holds `{image}` {tokens} times; the compressor's output takes the place of its embeddings.
-- `tower`: the compressor reads number {selected} of its `hidden_states`, and numbers {levels} side by
-  side{less}.
+- `tower`: the compressor reads number {selected} of its `hidden_states`{less}{needs}.
 - `compressor.safetensors`: parameters as vlmscale/compressors/{name}.py names them, each `kernel` as
   [inputs, outputs]. `vlmscale generate --run` answers with the run that this was made from.
 """
+_NEEDS = {  # the fields of `Features`, for a reader who has the tower in transformers
+    "levels": "numbers {levels} side by side along the channel",
+    "keys": "the keys of layer {behind}, all heads side by side, before they are scaled",
+    "class_query": "the first token's query in layer {behind}",
+    "class_attention": "the attention of the first token in layer {block}, mean over heads",
+    "mean_attention": "the attention that each patch receives in layer {block}, mean over heads and queries",
+    "probe_attention": "the attention of the pooling head's probe, mean over heads",
+    "stack": "all of them up to there",
+    "tower": "and it runs through layers 0 to {block} with their own parameters",
+}
 
 
 def _fill(run: LoadedRun, template: str, **values: Any) -> str:
@@ -122,14 +132,16 @@ def of_llava(run: LoadedRun) -> str:
 
 def of_parts(run: LoadedRun) -> str:
     """For LLM, tower and compressor apart."""
-    size = TOWERS[run.cell.tower.name]
-    clip = size.style == "clip"
+    size, compressor = TOWERS[run.cell.tower.name], run.cell.compressor
+    clip, block = size.style == "clip", size.select_layer - 1
+    needs = COMPRESSORS[compressor.name].needs(size, parse_options(compressor.name, compressor.options))
+    about = {"levels": ", ".join(map(str, size.levels)), "behind": min(block + 1, size.num_layers - 1)}
     return _head(run, "The parts of a vision-language model") + _fill(
         run,
         _PARTS,
         tower="CLIPVisionModel" if clip else "SiglipVisionModel",
         selected=size.select_layer,
-        levels=", ".join(map(str, size.levels)),
-        less=", without their first token" if clip else "",
+        less=", without the first token" if clip else "",
+        needs="".join(f"; {_NEEDS[need].format(block=block, **about)}" for need in sorted(needs)),
         name=run.cell.compressor.name,
     )

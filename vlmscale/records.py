@@ -40,7 +40,7 @@ class ResultRow:
     reducer: str | None
     tokens_per_layer: float
     kv_bytes: int
-    visual_tokens: int
+    visual_tokens: float  # whole but for methods whose count depends on the image: there the mean
     text_tokens_mean: float
     gen_tokens_mean: float
     image_size: int

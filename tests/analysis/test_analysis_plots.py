@@ -60,7 +60,7 @@ def make_table(
     unknown = np.full(n.size, np.nan)
     figures_of_a_cell = (
         *("n_items", "sampling_sd", "chance", "text_tokens", "infer_flops", "n_nonembed", "gen_tokens"),
-        *("tower_flops", "compressor_flops", "query_flops", "latency_ms"),
+        *("tower_flops", "compressor_flops", "query_flops", "latency_ms", "compressor_params"),
     )
     columns = dict.fromkeys(figures_of_a_cell, unknown)
     known: dict[str, Any] = {

@@ -14,7 +14,7 @@ import torch
 from scipy.special import erf
 
 from tests import golden
-from vlmscale.compressors import COMPRESSORS, Features
+from vlmscale.compressors import Features, make_compressor
 from vlmscale.compressors.tokenpacker import downsample_bilinear
 
 Weights = dict[str, np.ndarray]
@@ -135,7 +135,8 @@ def test_golden_files_fail_where_anything_differs(tmp_path: Path, capsys: pytest
 def test_golden_files_of_unknown_kind_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     np.savez(tmp_path / "other_a.npz", **case(4, 2))
     assert golden.main([str(tmp_path / "other_a.npz")]) == 1
-    assert capsys.readouterr().err == "other_a.npz: of no known kind (known: tokenpacker)\n"
+    known = ", ".join(golden.KINDS)
+    assert capsys.readouterr().err == f"other_a.npz: of no known kind (known: {known})\n"
     (tmp_path / "tokenpacker_text.npz").write_text("text")
     for name in ("tokenpacker_text.npz", "tokenpacker_absent.npz"):
         assert golden.main([str(tmp_path / name)]) == 1
@@ -162,7 +163,7 @@ def packed(random_params: Callable[..., Any]) -> tuple[Any, Any, Features]:
     rng = np.random.default_rng(0)
     selected = jnp.asarray(rng.standard_normal((1, 36, CHANNELS)), jnp.float32)
     features = Features(selected, jnp.asarray(rng.standard_normal((1, 36, LEVELS * CHANNELS)), jnp.float32))
-    module = COMPRESSORS["tokenpacker"].build(4, WIDTH, num_heads=HEADS)
+    module = make_compressor("tokenpacker", 4, WIDTH, num_heads=HEADS)
     params = random_params(module, features, None)
     return params, jax.jit(lambda p, f: module.apply(p, f, None)[0]), features
 
@@ -203,3 +204,15 @@ def test_a_token_sees_the_levels_of_its_own_region_alone(packed: tuple[Any, Any,
         region[token // 2 * 3 :, token % 2 * 3 :][:3, :3] = True
         assert (seen[region] > 0).all()
         assert not seen[~region].any()
+
+
+def test_gradient_reaches_every_parameter(packed: tuple[Any, Any, Features]) -> None:
+    """But for constants added to all keys of a softmax, which change nothing."""
+    params, run, features = packed
+    grads = jax.jit(jax.grad(lambda p: (run(p, features) ** 2).sum()))(params)
+    still = {
+        jax.tree_util.keystr(path[1:], simple=True, separator="/")
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grads)
+        if np.abs(leaf).min() < 1e-6
+    }
+    assert still == {"attention/k/bias", "k_norm/bias"}

@@ -97,10 +97,10 @@ def test_answers_do_not_depend_on_the_batch(loaded: LoadedRun) -> None:
         config = dataclasses.replace(loaded.cell.evaluate, batch_size=size)
         other = dataclasses.replace(loaded, cell=dataclasses.replace(loaded.cell, evaluate=config))
         told: list[tuple[int, int]] = []
-        answers[size] = answer_items(other, items, "test", lambda *done, told=told: told.append(done))
+        answers[size] = answer_items(other, items, "test", 4, lambda *done, told=told: told.append(done))
         assert told[-1] == (72, 72)
     assert answers[3] == answers[72] == answers[400]
-    assert len({text for text, _ in answers[3]}) > 3, "a model that always says the same proves nothing"
+    assert len({said.text for said in answers[3]}) > 3, "a model that always says the same proves nothing"
 
 
 def test_cached_decoding_is_the_same_as_no_cache(loaded: LoadedRun) -> None:
@@ -117,8 +117,7 @@ def test_cached_decoding_is_the_same_as_no_cache(loaded: LoadedRun) -> None:
 
     @jax.jit
     def logits(batch: dict[str, Any], where: int) -> jax.Array:
-        inputs = model_inputs(batch | {"target_positions": where})
-        return model.apply({"params": loaded.params}, *inputs)[:, 0]
+        return model.apply({"params": loaded.params}, model_inputs(batch), where)[:, 0]
 
     for row, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
         said: list[int] = []

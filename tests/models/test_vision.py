@@ -20,8 +20,11 @@ from vlmscale.models.vision import (
     ACTIVATIONS,
     STYLES,
     AttentionPool,
+    EncoderBlock,
+    TowerOutputs,
     VisionTower,
     bicubic_weights,
+    head_weights,
     patches,
     resize_positions,
 )
@@ -133,15 +136,21 @@ def assert_same_outputs(
         assert ours.hidden[layer].shape == hidden.shape
         np.testing.assert_allclose(ours.hidden[layer], hidden, atol=1e-5, rtol=0)
     for block, attended in enumerate(wanted.attentions):
-        assert ours.attention[block].dtype == jnp.float32
-        np.testing.assert_allclose(ours.attention[block], attended, atol=1e-5, rtol=0)
+        assert_same_attention(ours, block, attended, size)
+
+
+def assert_same_attention(ours: TowerOutputs, block: int, wanted: torch.Tensor, size: TowerSize) -> None:
+    """The weights by head that a block's projections give agree with transformers' within 1e-5."""
+    weights = head_weights(*ours.projections[block], size.num_heads)
+    assert weights.dtype == jnp.float32
+    np.testing.assert_allclose(weights, wanted, atol=1e-5, rtol=0)
 
 
 def declared(size: TowerSize, layers: tuple[int, ...], blocks: tuple[int, ...] = ()) -> dict[str, Any]:
     """Parameter shapes of a tower, unboxed."""
     image = jax.ShapeDtypeStruct((1, size.image_size, size.image_size, 3), jnp.float32)
     tower = VisionTower(size)
-    return nn.meta.unbox(abstract_params(tower, image, layers=layers, attention_layers=blocks))
+    return nn.meta.unbox(abstract_params(tower, image, layers=layers, projection_layers=blocks))
 
 
 def assert_all_named(params: Any) -> None:
@@ -201,27 +210,44 @@ def test_pixels_that_do_not_fill_a_patch_are_cut_off(siglip: SiglipVisionModel) 
     assert jax.tree.map(lambda x: x.shape, cut[0]) == jax.tree.map(lambda x: x.shape, cut[1])
 
 
-def test_pooling_head_is_that_of_siglip(
-    siglip: SiglipVisionModel, weights: dict[str, np.ndarray], pixels: np.ndarray
-) -> None:
-    params = {
+def head_params(weights: dict[str, np.ndarray]) -> Params:
+    return {
         "final_norm": norm(weights, "post_layernorm"),
         "probe": weights["param.head.probe"],
         "attention": attention(weights, "head.attention"),
         "mlp_norm": norm(weights, "head.layernorm"),
         "mlp": mlp(weights, "head.mlp"),
     }
-    wanted = outputs_of(siglip, pixels)
-    ours = jax.jit(AttentionPool(SIZE).apply)({"params": params}, wanted.hidden_states[-1].numpy())
+
+
+def test_pooling_head_is_that_of_siglip(
+    siglip: SiglipVisionModel, weights: dict[str, np.ndarray], pixels: np.ndarray
+) -> None:
+    variables, wanted = {"params": head_params(weights)}, outputs_of(siglip, pixels)
+    ours = jax.jit(AttentionPool(SIZE).apply)(variables, wanted.hidden_states[-1].numpy())
     np.testing.assert_allclose(ours, wanted.pooler_output, atol=1e-5, rtol=0)
+
+
+def test_the_probes_attention_needs_no_more_of_the_head_than_that(weights: dict[str, np.ndarray]) -> None:
+    hidden = np.random.default_rng(0).standard_normal((2, SIZE.num_patches, SIZE.width), np.float32)
+    pool = AttentionPool(SIZE)
+    shapes = nn.meta.unbox(abstract_params(pool, hidden, method="probe_attention"))
+    assert set(shapes) == {"final_norm", "probe", "attention"}
+    assert set(shapes["attention"]) == {"q", "k"}
+    whole = head_params(weights)
+    params = whole | {"attention": {letter: whole["attention"][letter] for letter in "qk"}}
+    params = {name: params[name] for name in shapes}
+    given = pool.apply({"params": params}, hidden, method="probe_attention")
+    assert (given.shape, given.dtype) == ((2, hidden.shape[1]), jnp.float32)
+    np.testing.assert_allclose(given.sum(1), 1, atol=1e-6)
 
 
 def test_only_what_is_asked_for_comes_back(weights: dict[str, np.ndarray], pixels: np.ndarray) -> None:
     variables, tower = {"params": tower_params(weights, 3)}, VisionTower(SIZE)
     out = tower.apply(variables, pixels, (3, 0), (1,))
-    assert (set(out.hidden), set(out.attention)) == ({0, 3}, {1})
+    assert (set(out.hidden), set(out.projections)) == ({0, 3}, {1})
     plain = tower.apply(variables, pixels, (3,))
-    assert plain.attention == {}
+    assert plain.projections == {}
     np.testing.assert_array_equal(plain.hidden[3], out.hidden[3])
 
 
@@ -252,10 +278,51 @@ def test_a_block_of_which_only_attention_is_asked_has_no_more_than_that(
     params["block_2"]["attention"] = {letter: params["block_2"]["attention"][letter] for letter in "qk"}
     del params["block_2"]["mlp_norm"], params["block_2"]["mlp"]
     out = jax.jit(lambda x: VisionTower(SIZE).apply({"params": params}, x, (1,), (2, 0)))(pixels)
-    assert (set(out.hidden), set(out.attention)) == ({1}, {0, 2})
+    assert (set(out.hidden), set(out.projections)) == ({1}, {0, 2})
     wanted = outputs_of(siglip, pixels).attentions
     for block in (0, 2):
-        np.testing.assert_allclose(out.attention[block], wanted[block], atol=1e-5, rtol=0)
+        assert_same_attention(out, block, wanted[block], SIZE)
+
+
+def test_projections_have_their_bias_and_no_scale(
+    siglip: SiglipVisionModel, weights: dict[str, np.ndarray], pixels: np.ndarray
+) -> None:
+    """They are what `q_proj` and `k_proj` return."""
+    seen: dict[str, torch.Tensor] = {}
+    attention = siglip.encoder.layers[1].self_attn
+    hooks = [
+        layer.register_forward_hook(lambda module, given, made, name=name: seen.update({name: made}))
+        for name, layer in (("queries", attention.q_proj), ("keys", attention.k_proj))
+    ]
+    outputs_of(siglip, pixels)
+    for hook in hooks:
+        hook.remove()
+    ours = VisionTower(SIZE).apply({"params": tower_params(weights, 2)}, pixels, (), (1,)).projections[1]
+    for name, wanted in seen.items():
+        np.testing.assert_allclose(getattr(ours, name), wanted, atol=1e-5, rtol=0)
+
+
+def test_rows_of_attention_can_be_had_alone(weights: dict[str, np.ndarray], pixels: np.ndarray) -> None:
+    made = VisionTower(SIZE).apply({"params": tower_params(weights, 2)}, pixels, (), (1,)).projections[1]
+    whole = head_weights(*made, SIZE.num_heads)
+    rows = head_weights(made.queries[:, 3:5], made.keys, SIZE.num_heads)
+    np.testing.assert_allclose(rows, whole[:, :, 3:5], atol=1e-6)
+
+
+def test_a_context_is_seen_and_stays_as_it_is(weights: dict[str, np.ndarray]) -> None:
+    """Tokens beside a context come out as from one pass over both, and the context is not run."""
+    rng = np.random.default_rng(0)
+    context, x = (rng.standard_normal((2, count, SIZE.width), np.float32) for count in (5, 3))
+    block, params = EncoderBlock(SIZE, jnp.float32, "xla"), tower_params(weights, 1)["block_0"]
+
+    @jax.jit
+    def run(x: np.ndarray, context: np.ndarray | None = None) -> jax.Array:
+        return block.apply({"params": params}, x, context=context)[0]
+
+    alone, joint = run(x, context), run(np.concatenate([context, x], 1))
+    assert alone.shape == x.shape
+    np.testing.assert_allclose(alone, joint[:, 5:], atol=1e-5, rtol=0)
+    assert np.abs(alone - run(x)).max() > 0.01
 
 
 def test_bfloat16_is_close_to_float32(weights: dict[str, np.ndarray], pixels: np.ndarray) -> None:
@@ -268,15 +335,17 @@ def test_bfloat16_is_close_to_float32(weights: dict[str, np.ndarray], pixels: np
         assert half.hidden[layer].dtype == jnp.bfloat16
         error = np.asarray(half.hidden[layer].astype(jnp.float32) - full.hidden[layer])
         assert error.std() < 0.02 * np.asarray(full.hidden[layer]).std()
-    assert half.attention[2].dtype == jnp.float32
-    np.testing.assert_allclose(half.attention[2], full.attention[2], atol=0.05)
+    assert half.projections[2].keys.dtype == jnp.bfloat16
+    shares = [head_weights(*out.projections[2], SIZE.num_heads) for out in (half, full)]
+    assert shares[0].dtype == jnp.float32
+    np.testing.assert_allclose(*shares, atol=0.05)
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_parameter_says_on_which_axes_it_lies(style: str) -> None:
     size = replace(SIZE, style=style)
     image = jax.ShapeDtypeStruct((1, 24, 24, 3), jnp.float32)
-    params = abstract_params(VisionTower(size), image, layers=(2,), attention_layers=(2,))
+    params = abstract_params(VisionTower(size), image, layers=(2,), projection_layers=(2,))
     assert_all_named(params)
     assert params["position_embedding"].names == ("position", "embed")
     assert params["patch_embedding"]["kernel"].names == ("patch", "embed")
@@ -306,7 +375,7 @@ def test_fresh_parameters_are_plain_arrays_that_the_tower_takes(pixels: np.ndarr
     [
         ({}, (24, 24), (4,), (), "no layer 4: the tower has 0 to 3"),
         ({}, (24, 24), (-1,), (), "no layer -1"),
-        ({}, (24, 24), (1,), (3,), "no attention of block 3: the tower has 0 to 2"),
+        ({}, (24, 24), (1,), (3,), "no projections of block 3: the tower has 0 to 2"),
         ({}, (24, 5), (1,), (), r"\(24, 5\) pixels hold no patch of 6 x 6"),
         ({"style": "dino"}, (24, 24), (1,), (), "unknown style 'dino'; there are siglip, clip"),
         ({"activation": "relu"}, (24, 24), (1,), (), "unknown activation 'relu'; there are gelu_tanh, gelu"),
@@ -322,7 +391,7 @@ def test_what_cannot_be_is_said(
     image = jax.ShapeDtypeStruct((1, *shape, 3), jnp.float32)
     tower = VisionTower(replace(SIZE, **changes))
     with pytest.raises(ValueError, match=message):
-        abstract_params(tower, image, layers=layers, attention_layers=blocks)
+        abstract_params(tower, image, layers=layers, projection_layers=blocks)
 
 
 def test_patches_of_siglip_are_all_there_is(pixels: np.ndarray) -> None:

@@ -9,10 +9,20 @@ import numpy as np
 import pytest
 
 from tests.integration.tiny import DATA, SCENES, lines, read, steps
+from vlmscale.compressors.features import tower_features
 from vlmscale.config import Cell, load_cell
 from vlmscale.data import scenes
 from vlmscale.errors import UserError
-from vlmscale.train.prepared import Prepared, encode_images, load_tower, pixels_of, prepare, tower_path
+from vlmscale.models.sizes import TOWERS
+from vlmscale.train.prepared import (
+    Prepared,
+    load_tower,
+    needs_of,
+    pixels_of,
+    prepare,
+    tower_path,
+)
+from vlmscale.weights import tree
 
 
 def nothing(*_: object) -> None:
@@ -23,26 +33,75 @@ def tiny(*overrides: str) -> Cell:
     return load_cell(SCENES, [*DATA, *steps(4), "--config.data.train_images=300", *overrides])
 
 
+# What each of these reads beside the selected layer, of a tower in SigLIP's style.
+READ: dict[str, set[str]] = {
+    "pool": set(),
+    "tokenpacker": {"levels"},
+    "fastervlm": {"mean_attention"},
+    "prumerge": {"mean_attention", "keys"},
+    "vistog": {"stack", "tower"},
+}
+
+
+def cell_of(name: str, *overrides: str) -> Cell:
+    return tiny(f"--config.compressor.name={name}", *overrides)
+
+
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
-    packer = tiny("--config.compressor.name=tokenpacker")
-    return prepare([tiny(), packer], tmp_path_factory.mktemp("prepared") / "data", nothing)
+def cells() -> list[Cell]:
+    return [cell_of(name) for name in READ]
+
+
+@pytest.fixture(scope="module")
+def prepared(cells: list[Cell], tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return prepare(cells, tmp_path_factory.mktemp("prepared") / "data", nothing)
 
 
 def test_features_are_the_towers_over_several_batches(prepared: Prepared) -> None:
     """300 pictures are more than one batch of 256."""
-    cell = tiny("--config.compressor.name=tokenpacker")
-    stored = prepared.features("train", cell)
+    stored: dict[str, np.ndarray] = {}
+    for name, fields in READ.items():
+        made = prepared.features("train", cell_of(name))
+        assert set(made) == {"selected"} | fields - {"tower"}
+        stored |= made
     drawn, _ = scenes.build("train", 300, 0)
-    params = load_tower(tower_path(cell), "scenes-48")
+    params = load_tower(tower_path(tiny()), "scenes-48")
     chosen = [0, 1, 255, 256, 299]
-    pixels = np.stack([pixels_of(scenes.draw(drawn[i]), cell) for i in chosen])
-    for name, values in encode_images("scenes-48", params, pixels, True).items():
+    pixels = np.stack([pixels_of(scenes.draw(drawn[i]), tiny()) for i in chosen])
+    needs = frozenset({"levels", "mean_attention", "keys", "stack"})
+    wanted = tower_features(TOWERS["scenes-48"], params, pixels, needs)
+    assert wanted.keys() == stored.keys()
+    for name, values in wanted.items():
         assert stored[name].shape == (300, *values.shape[1:])
         assert stored[name].dtype == np.float32
         np.testing.assert_allclose(stored[name][chosen], values, rtol=1e-5, atol=1e-5)
-    assert set(prepared.features("train", tiny())) == {"selected"}
     assert prepared.features("train", tiny("--config.compressor.visual_tokens=0")) == {}
+
+
+def test_a_method_says_what_it_reads() -> None:
+    for name, fields in READ.items():
+        assert needs_of(cell_of(name)) == fields
+        assert needs_of(cell_of(name, "--config.compressor.visual_tokens=0")) == frozenset()
+    assert needs_of(cell_of("fastervlm", "--config.compressor.options=score=probe")) == {"probe_attention"}
+
+
+def test_the_towers_blocks_come_from_the_directorys_own_copy(prepared: Prepared) -> None:
+    made = prepared.constants(cell_of("vistog"))
+    wanted = load_tower(tower_path(tiny()), "scenes-48")
+    assert made.keys() == {"tower"}
+    blocks = {f"block_{index}": wanted[f"block_{index}"] for index in range(4)}
+    assert tree.sha256(made["tower"]) == tree.sha256(blocks)
+    assert all(prepared.constants(cell_of(name)) == {} for name in READ if name != "vistog")
+    assert prepared.constants(cell_of("vistog", "--config.compressor.visual_tokens=0")) == {}
+
+
+def test_a_tower_without_a_pooling_head_says_what_to_do(tmp_path: Path) -> None:
+    """As the one that ships."""
+    cell = cell_of("fastervlm", "--config.compressor.options=score=probe")
+    with pytest.raises(UserError, match=r"has no pooling head.*score=mean") as error:
+        prepare([cell], tmp_path / "data", nothing)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "data").exists()
 
 
 def test_rows_show_the_picture_that_their_record_names(prepared: Prepared) -> None:
@@ -57,26 +116,29 @@ def test_rows_show_the_picture_that_their_record_names(prepared: Prepared) -> No
         assert row.tokens[row.target_positions + 1].tolist() == row.target_ids.tolist()
 
 
-def test_it_is_made_once_and_other_data_is_refused(prepared: Prepared) -> None:
-    packer = tiny("--config.compressor.name=tokenpacker")
+def test_it_is_made_once_and_other_data_is_refused(prepared: Prepared, cells: list[Cell]) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in prepared.path.iterdir()}
-    again = prepare([packer], prepared.path, lambda *_: pytest.fail("made twice"))
+    again = prepare(cells[::-1], prepared.path, lambda *_: pytest.fail("made twice"))
     assert again.manifest == prepared.manifest
     assert {path.name: path.stat().st_mtime_ns for path in prepared.path.iterdir()} == before
     for other in ("--config.data.seed=1", "--config.data.test_images=7", "--config.data.vocab_size=400"):
-        changed = dataclasses.replace(packer, data=tiny(other).data)
+        changed = [dataclasses.replace(cell, data=tiny(other).data) for cell in cells]
         with pytest.raises(UserError, match="choose another --out"):
-            prepare([changed], prepared.path, nothing)
+            prepare(changed, prepared.path, nothing)
+    with pytest.raises(UserError, match="choose another --out"):
+        prepare(cells[:2], prepared.path, nothing)  # that needs less of the tower
     with pytest.raises(UserError, match="must share"):
         prepare([tiny(), tiny("--config.data.seed=1")], prepared.path, nothing)
 
 
-def test_a_directory_without_a_manifest_is_made_again(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_directory_without_a_manifest_is_made_again(
+    prepared: Prepared, cells: list[Cell], tmp_path: Path
+) -> None:
     out = tmp_path / "data"
     out.mkdir()
     (out / "train.selected.npy").write_bytes(b"half")
     (out / "tokenizer.json").write_text("{")
-    made = prepare([tiny(), tiny("--config.compressor.name=tokenpacker")], out, nothing)
+    made = prepare(cells, out, nothing)
     assert made.manifest == prepared.manifest == read(out / "manifest.json")
     for path in prepared.path.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name

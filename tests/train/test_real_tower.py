@@ -24,12 +24,13 @@ import transformers
 from tests.integration.tiny import DATA, SCENES, lines, picture, read, steps, train
 from tests.pretrained import COMMON, randomise, save_decoder
 from vlmscale.cli import main
+from vlmscale.compressors.features import tower_features
 from vlmscale.config import Cell, cell_id, load_cell, load_sweep
 from vlmscale.data import scenes
 from vlmscale.data.processor import ImageProcessor, processor_config
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import TOWERS, TowerSize
-from vlmscale.train.prepared import batch_size, encode_images, load_tower, pixels_of, prepare, tower_path
+from vlmscale.train.prepared import batch_size, load_tower, pixels_of, prepare, tower_path
 from vlmscale.weights import export, hf_config, tree
 from vlmscale.weights.directory import abstract_tower
 
@@ -46,6 +47,8 @@ ROWS = {
     ),
     "tiny-siglip": TowerSize(24, 6, 32, 4, 4, 48, 2, (1, 2, 3), norm_eps=1e-3),
 }
+SCORE = "--config.compressor.options=score=probe"
+LEVELS, PROBE = frozenset({"levels"}), frozenset({"probe_attention"})
 CLASSES = {"tiny-clip": "CLIP", "tiny-siglip": "Siglip"}
 # Keys of a config.json and values that neither row has.
 CHANGES = {
@@ -166,7 +169,7 @@ def test_features_are_transformers_hidden_states(name: str, towers: dict[str, Pa
     levels = np.concatenate([states[level] for level in size.levels], axis=-1)
     np.testing.assert_allclose(stored["levels"], levels, rtol=1e-5, atol=1e-5)
     # The copy holds three of four blocks and is all that is needed from then on.
-    ours = load_tower(prepared.path / "tower.safetensors", name, with_levels=True)
+    ours = load_tower(prepared.path / "tower.safetensors", name, LEVELS)
     assert sorted(part for part in ours if part.startswith("block_")) == ["block_0", "block_1", "block_2"]
     assert prepared.manifest["tower_sha256"] == tree.sha256(ours)
 
@@ -181,7 +184,7 @@ def test_the_tower_of_a_larger_model_is_taken(name: str, kind: str, tmp_path: Pa
     vision.config.save_pretrained(tmp_path / "bare")
     state = {name: value.contiguous() for name, value in vision.state_dict().items()}
     safetensors.torch.save_file(state, tmp_path / "bare" / "model.safetensors", metadata={"format": "pt"})
-    ours, bare = load_tower(tmp_path, name, True), load_tower(tmp_path / "bare", name, True)
+    ours, bare = load_tower(tmp_path, name, LEVELS), load_tower(tmp_path / "bare", name, LEVELS)
     assert tree.sha256(ours) == tree.sha256(bare)
 
 
@@ -197,38 +200,98 @@ def test_the_demos_tower_comes_back_from_its_export(tmp_path: Path) -> None:
     shipped = load_tower(tower_path(Cell()), name)
     tensors = export.tower_tensors(shipped, size.style)
     export.write_directory(tmp_path, hf_config.tower_config(size, size.num_layers), tensors, {})
-    assert tree.sha256(load_tower(tmp_path, name, True)) == tree.sha256(shipped)
+    assert tree.sha256(load_tower(tmp_path, name, LEVELS)) == tree.sha256(shipped)
 
 
 def test_an_export_without_the_last_blocks_is_the_same_tower(towers: dict[str, Path], tmp_path: Path) -> None:
     """Its config.json says so, as `vlmscale convert --run` writes it."""
     path = copy(towers["tiny-siglip"], tmp_path / "tower")
-    wanted = tree.sha256(load_tower(path, "tiny-siglip", with_levels=True))
+    wanted = tree.sha256(load_tower(path, "tiny-siglip", LEVELS))
     drop_tensors(path, "layers.3.")
     edit(path / "config.json", num_hidden_layers=3)
-    assert tree.sha256(load_tower(path, "tiny-siglip", with_levels=True)) == wanted
+    assert tree.sha256(load_tower(path, "tiny-siglip", LEVELS)) == wanted
     drop_tensors(path, "layers.2.")
     edit(path / "config.json", num_hidden_layers=2)
     load_tower(path, "tiny-siglip")
-    assert "num_hidden_layers is 2" in refusal(lambda: load_tower(path, "tiny-siglip", with_levels=True))
+    assert "num_hidden_layers is 2" in refusal(lambda: load_tower(path, "tiny-siglip", LEVELS))
 
 
 def test_only_blocks_that_are_needed_must_be_there(towers: dict[str, Path], tmp_path: Path) -> None:
     """A directory without its last block, then without the one that only the levels read."""
     path = copy(towers["tiny-siglip"], tmp_path / "tower")
     drop_tensors(path, "layers.3.")
-    assert "block_2" in load_tower(path, "tiny-siglip", with_levels=True)
+    assert "block_2" in load_tower(path, "tiny-siglip", LEVELS)
     drop_tensors(path, "layers.2.")
     params = load_tower(path, "tiny-siglip")
     assert {part for part in params if part.startswith("block_")} == {"block_0", "block_1"}
-    assert "encoder.layers.2" in refusal(lambda: load_tower(path, "tiny-siglip", with_levels=True))
+    assert "encoder.layers.2" in refusal(lambda: load_tower(path, "tiny-siglip", LEVELS))
     # The same of a safetensors file of ours.
     file = tmp_path / "tower.safetensors"
     tree.save(file, params, {})
     assert tree.sha256(load_tower(file, "tiny-siglip")) == tree.sha256(params)
-    assert "block_2/" in refusal(lambda: load_tower(file, "tiny-siglip", with_levels=True))
+    assert "block_2/" in refusal(lambda: load_tower(file, "tiny-siglip", LEVELS))
     tree.save(file, {part: values for part, values in params.items() if part != "block_0"}, {})
     assert "block_0/" in refusal(lambda: load_tower(file, "tiny-siglip"))
+
+
+def test_a_block_of_which_only_the_keys_are_read_must_be_there(
+    towers: dict[str, Path], tmp_path: Path
+) -> None:
+    """They belong to the block behind the selected layer; the one behind that is not read."""
+    path, keys = copy(towers["tiny-siglip"], tmp_path / "tower"), frozenset({"keys"})
+    drop_tensors(path, "layers.3.")
+    params = load_tower(path, "tiny-siglip", keys)
+    assert sorted(part for part in params if part.startswith("block_")) == ["block_0", "block_1", "block_2"]
+    drop_tensors(path, "layers.2.")
+    load_tower(path, "tiny-siglip", frozenset({"mean_attention", "stack", "tower"}))
+    assert "encoder.layers.2" in refusal(lambda: load_tower(path, "tiny-siglip", keys))
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_the_probes_attention_is_that_of_transformers_head(kind: str, tmp_path: Path) -> None:
+    """The head is read when it is asked for; our copy has as much of it as that takes, and gives the same."""
+    name, size, directory = "tiny-siglip", ROWS["tiny-siglip"], tmp_path / "tower"
+    model = MAKERS[kind](name)
+    model.save_pretrained(directory)
+    bare = {"bare": lambda: model, "whole": lambda: model.vision_model}.get(
+        kind, lambda: model.model.vision_tower
+    )()
+    cell = tiny(name, directory, "--config.compressor.name=fastervlm", SCORE)
+    prepared = prepare([cell], tmp_path / "data", nothing)
+    drawn, _ = scenes.build("test", 8, 0)
+    pixels = np.stack([pixels_of(scenes.draw(scene), cell) for scene in drawn])
+    with torch.no_grad():
+        hidden = bare(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True).hidden_states[-1]
+        hidden = bare.post_layernorm(hidden)
+        probe = bare.head.probe.repeat(8, 1, 1)
+        wanted = bare.head.attention(probe, hidden, hidden, need_weights=True)[1][:, 0]
+    stored = prepared.features("test", cell)["probe_attention"]
+    assert stored.shape == (8, size.num_patches)
+    np.testing.assert_allclose(stored, wanted, rtol=1e-5, atol=1e-6)
+    assert "head" not in load_tower(directory, name)
+    ours = prepared.path / "tower.safetensors"
+    assert "head" not in load_tower(ours, name), "an export of this run would have a tensor too many"
+    copied = load_tower(ours, name, PROBE)
+    assert {path for path in tree.flatten(copied) if path.startswith("head/")} == {
+        *("head/probe", "head/final_norm/scale", "head/final_norm/bias"),
+        *(f"head/attention/{letter}/{part}" for letter in "qk" for part in ("kernel", "bias")),
+    }
+    assert tree.sha256(load_tower(directory, name, PROBE)) == tree.sha256(copied)
+    pooled = copied | {"head": copied["head"] | {"mlp_norm": {"scale": np.ones(32, np.float32)}}}
+    tree.save(tmp_path / "pooled.safetensors", pooled, {})
+    assert tree.sha256(load_tower(tmp_path / "pooled.safetensors", name, PROBE)) == tree.sha256(copied)
+
+
+def test_a_directory_without_a_pooling_head_says_what_to_do(towers: dict[str, Path], tmp_path: Path) -> None:
+    path = copy(towers["tiny-siglip"], tmp_path / "tower")
+    drop_tensors(path, "head.attention.in_proj_weight")
+    said = refusal(lambda: load_tower(path, "tiny-siglip", PROBE))
+    assert "head.attention.in_proj_weight is missing" in said
+    drop_tensors(path, "head.")
+    load_tower(path, "tiny-siglip")
+    said = refusal(lambda: load_tower(path, "tiny-siglip", PROBE))
+    assert said.startswith(f"{path}: has no pooling head")
+    assert said.endswith("set compressor.options=score=mean")
 
 
 def test_a_file_with_the_same_parameters_gives_the_same_features(
@@ -401,14 +464,17 @@ def test_an_image_processor_must_agree_with_the_row(
         assert "image_processor_type" in refusal(lambda: load_tower(path, "tiny-clip"))
 
 
-def test_batches_are_bounded_by_the_towers_activations() -> None:
-    assert batch_size(TOWERS["scenes-48"], False) == batch_size(TOWERS["scenes-48"], True) == 256
+@pytest.mark.parametrize(
+    "needs", [LEVELS, PROBE | {"levels", "keys", "mean_attention", "stack"}], ids=["levels", "everything"]
+)
+def test_batches_are_bounded_by_the_towers_activations(needs: frozenset[str]) -> None:
+    assert batch_size(TOWERS["scenes-48"], frozenset()) == batch_size(TOWERS["scenes-48"], LEVELS) == 256
     name = "siglip-so400m-patch14-384"
-    together = batch_size(TOWERS[name], True)
+    together = batch_size(TOWERS[name], needs)
     assert together > 1
     size = TOWERS[name]
-    params = nn.meta.unbox(abstract_tower(size, (size.num_layers,)))
+    params = nn.meta.unbox(abstract_tower(size, (size.num_layers,), probe=True))
     pixels = jax.ShapeDtypeStruct((together, size.image_size, size.image_size, 3), jnp.float32)
-    program = jax.jit(partial(encode_images, name, with_levels=True)).lower(params, pixels).compile()
+    program = jax.jit(partial(tower_features, size, needs=needs)).lower(params, pixels).compile()
     used = program.memory_analysis()
     assert 2**27 < used.temp_size_in_bytes + used.output_size_in_bytes < 2**30

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from vlmscale.cli import main
+from vlmscale.compressors.features import tower_features
 from vlmscale.config import Cell
 from vlmscale.data import scenes
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import TOWERS
 from vlmscale.train import tower as recipe
-from vlmscale.train.prepared import encode_images, load_tower, pixels_of, tower_path
+from vlmscale.train.prepared import load_tower, pixels_of, tower_path
 from vlmscale.weights import tree
 
 
@@ -27,7 +28,7 @@ def test_the_shipped_tower_is_small_and_sees() -> None:
     size = TOWERS["scenes-48"]
     drawn, _ = scenes.build("test", 16, 0)
     pixels = np.stack([pixels_of(scenes.draw(scene), Cell()) for scene in drawn])
-    out = encode_images("scenes-48", params, pixels, True)
+    out = tower_features(size, params, pixels, frozenset({"levels"}))
     assert out["selected"].shape == (16, size.num_patches, size.width)
     assert out["levels"].shape == (16, size.num_patches, size.width * len(size.levels))
     for values in out.values():

@@ -258,6 +258,19 @@ def test_two_directories_and_a_fresh_compressor(
     assert kernel.addressable_shards[0].data.size * 4 == kernel.size
 
 
+@pytest.mark.parametrize("shape", [(12, 12), (12,)], ids=["kernel", "bias"])
+@pytest.mark.parametrize("which", ["packed_q", "packed_k"])
+def test_a_part_of_packed_projections_is_read_from_its_third(which: str, shape: tuple[int, ...]) -> None:
+    """torch stacks q, k and v; any shard of ours lies in the rows of one of them."""
+    form, stored = tables.FORMS[which], np.random.default_rng(0).standard_normal((36, 12)[: len(shape)])
+    third = np.split(stored, 3)["qkv".index(which[-1])]
+    for index in ((slice(0, 12), slice(0, 12)), (slice(4, 8), slice(6, 12))):
+        index = index[-len(shape) :]
+        part = form.ours(stored[form.take(index, stored.shape)], index)
+        np.testing.assert_array_equal(part, third.T[index])
+    assert form.theirs(third.T).shape == stored.shape
+
+
 def test_a_part_keeps_its_patterns_at_the_start_of_its_names() -> None:
     table = tables.CLIP.under("tower/", "")
     assert table.ignores("head.probe")

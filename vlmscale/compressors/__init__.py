@@ -1,38 +1,77 @@
 """Methods between encoder and LLM: one file a method, one interface, one static table.
 
-A compressor is a Linen module called as `compressor(features, text_query) -> (tokens [B, V, D],
-valid [B, V])`.
+A compressor is a Linen module called as `compressor(features, text_query) -> (tokens [N, V, D],
+valid [N, V])` for N images. docs/add-a-compressor.md shows how to add one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from typing import Any
 
 import flax.linen as nn
 
+from vlmscale.compressors.fastervlm import FasterVLM
 from vlmscale.compressors.features import Features
+from vlmscale.compressors.grid import square_divisors, squares
+from vlmscale.compressors.llava_mini import LLaVAMini
+from vlmscale.compressors.m3 import Matryoshka, scales
 from vlmscale.compressors.mlp import Projector
+from vlmscale.compressors.mqt import MQT, trained_counts
 from vlmscale.compressors.pool import Pool
+from vlmscale.compressors.prumerge import PruMerge, PruMergePlus
+from vlmscale.compressors.quecc import QueCC
+from vlmscale.compressors.resampler import Resampler
+from vlmscale.compressors.selection import SCORES, score_needs
 from vlmscale.compressors.tokenpacker import TokenPacker
+from vlmscale.compressors.vistog import VisToG
 from vlmscale.errors import UserError
+from vlmscale.models.sizes import TowerSize
+
+Options = Mapping[str, str]
+
+
+def _selected_alone(tower: TowerSize, options: Options) -> frozenset[str]:
+    return frozenset()
+
+
+def _levels(tower: TowerSize, options: Options) -> frozenset[str]:
+    return frozenset({"levels"})
+
+
+def _inside_tower(tower: TowerSize, options: Options) -> frozenset[str]:
+    return frozenset({"stack", "tower"})
 
 
 @dataclass(frozen=True)
 class Method:
-    """One row of the table: the module, the token counts it can give, the tower outputs it reads.
+    """One row of the table.
 
-    `build(visual_tokens, llm_width, **options)` makes the module; options are fields of its own.
+    Attributes:
+      build: the module's class, made by `make_compressor`.
+      counts: the token counts that it can give on a grid of a given side.
+      needs: the fields of `Features` that it reads beside `selected`.
+      options: the user's choices: name to allowed values, the default first; each is a field of the module.
+      text: what it reads of the text: "" nothing, "query" an embedding of the question (`text_query` is
+        [N, 1, D]), "fusion" the text's embeddings, which its method `fuse` rewrites.
+      adaptive: whether the count depends on the picture, so that V is a maximum and `valid` is read.
+      nested: for a method whose one model gives many counts: those that it is trained at, by its largest.
+      trains_all: of a nested method: every step trains all of them (else one drawn at random).
     """
 
-    build: Callable[..., nn.Module]
-    counts: Callable[[int], list[int]]
-    needs_levels: bool
-
-
-def square_divisors(side: int) -> list[int]:
-    """Token counts g * g for every g that divides the side of the patch grid."""
-    return [g * g for g in range(1, side + 1) if side % g == 0]
+    build: type[nn.Module]
+    counts: Callable[[int], Sequence[int]]
+    needs: Callable[[TowerSize, Options], frozenset[str]] = _selected_alone
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    text: str = ""
+    adaptive: Callable[[Options], bool] = lambda options: False
+    nested: Callable[[int], tuple[int, ...]] | None = None
+    trains_all: bool = False
 
 
 def all_patches(side: int) -> list[int]:
@@ -40,11 +79,91 @@ def all_patches(side: int) -> list[int]:
     return [side * side]
 
 
+def up_to_patches(side: int) -> list[int]:
+    """Counts of a method that gives any number of tokens up to that of the patches."""
+    return list(range(1, side * side + 1))
+
+
+def merged_counts(side: int) -> list[int]:
+    """Counts of PruMerge: n chosen patches, none to all, and the extra token."""
+    return list(range(1, side * side + 2))
+
+
+def spaced_counts(side: int) -> list[int]:
+    """Counts of PruMerge+: n chosen patches, n spaced ones and the extra token."""
+    return list(range(1, side * side + 2, 2))
+
+
+_merging = partial(
+    Method,
+    needs=score_needs("class_query", "keys"),
+    options={"count": ("fixed", "adaptive"), "score": SCORES},
+    adaptive=lambda options: options.get("count") == "adaptive",
+)
+
 COMPRESSORS: dict[str, Method] = {
-    "mlp": Method(Projector, all_patches, needs_levels=False),
-    "pool": Method(Pool, square_divisors, needs_levels=False),
-    "tokenpacker": Method(TokenPacker, square_divisors, needs_levels=True),
+    "mlp": Method(Projector, all_patches),
+    "pool": Method(Pool, squares, options={"placement": ("before", "after")}),
+    "m3": Method(Matryoshka, squares, nested=scales, trains_all=True),
+    "tokenpacker": Method(TokenPacker, square_divisors, needs=_levels),
+    "resampler": Method(Resampler, squares, options={"kind": ("qwen", "perceiver")}),
+    "mqt": Method(MQT, squares, options={"keys": ("position", "image")}, nested=trained_counts),
+    "llava_mini": Method(LLaVAMini, squares, text="fusion"),
+    "quecc": Method(QueCC, square_divisors, needs=_levels, text="query"),
+    "fastervlm": Method(
+        FasterVLM, up_to_patches, needs=score_needs("class_attention"), options={"score": SCORES}
+    ),
+    "prumerge": _merging(PruMerge, merged_counts),
+    "prumerge_plus": _merging(PruMergePlus, spaced_counts),
+    "vistog": Method(VisToG, up_to_patches, needs=_inside_tower),
 }
+
+
+def make_compressor(
+    name: str, visual_tokens: int, llm_width: int, options: Options | None = None, **context: Any
+) -> nn.Module:
+    """The module of a method.
+
+    Args:
+      name: of a row of the table.
+      visual_tokens: how many tokens an image gives, V; of an adaptive method at most.
+      llm_width: D.
+      options: the user's choices, checked by `parse_options`.
+      **context: more fields, of which the module gets those that it declares: `dtype`, `attention`,
+        `decoder_size`, `tower_size`, and `largest`, the count that a nested method was made for.
+    """
+    build = COMPRESSORS[name].build
+    declared = {part.name for part in dataclasses.fields(build)}
+    fitting = {key: value for key, value in context.items() if key in declared}
+    return build(visual_tokens, llm_width, **fitting, **(options or {}))
+
+
+def parse_options(name: str, text: str) -> dict[str, str]:
+    """The options of a method, written "key=value,key=value"; those that say the default are left out.
+
+    Raises:
+      UserError: naming the option or the value and what works.
+    """
+    known, chosen = COMPRESSORS[name].options, {}
+    for word in filter(None, (part.strip() for part in text.split(","))):
+        key, _, value = word.partition("=")
+        if key not in known:
+            near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
+            hint = f"the nearest is {near[0]} (known: {', '.join(known)})" if near else f"{name} has none"
+            raise UserError(f"compressor.options: {name} has no option {key!r}; {hint}")
+        if value not in known[key]:
+            raise UserError(
+                f"compressor.options: {key}={value}: {name} knows {key}={' or '.join(known[key])}"
+            )
+        if key in chosen:
+            raise UserError(f"compressor.options: {key} is given twice")
+        chosen[key] = value
+    return {key: chosen[key] for key in sorted(chosen) if chosen[key] != known[key][0]}
+
+
+def label(name: str, options: Options) -> str:
+    """What records call a method: its name, and the options that are not the default."""
+    return name + "".join(f":{key}={value}" for key, value in options.items())
 
 
 def check_count(name: str, visual_tokens: int, side: int) -> None:
@@ -57,8 +176,26 @@ def check_count(name: str, visual_tokens: int, side: int) -> None:
     if visual_tokens not in counts:
         raise UserError(
             f"compressor.visual_tokens={visual_tokens}: {name} on a {side}x{side} patch grid gives "
-            f"{', '.join(map(str, counts))} (or 0 for a blind model)"
+            f"{spoken(counts)} (or 0 for a blind model)"
         )
 
 
-__all__ = ["COMPRESSORS", "Features", "Method", "check_count"]
+def spoken(counts: Sequence[int]) -> str:
+    """A list of counts for a message; long ones with equal steps as their ends."""
+    steps = {after - before for before, after in pairwise(counts)}
+    if len(counts) > 8 and len(steps) == 1:
+        every = "" if steps == {1} else f" in steps of {steps.pop()}"
+        return f"{counts[0]} to {counts[-1]}{every}"
+    return ", ".join(map(str, counts))
+
+
+__all__ = [
+    "COMPRESSORS",
+    "Features",
+    "Method",
+    "check_count",
+    "label",
+    "make_compressor",
+    "parse_options",
+    "spoken",
+]

@@ -1,11 +1,11 @@
-"""Analytic FLOPs: two per multiply-add of every matrix product, attention included; norms are not counted.
+"""Analytic FLOPs of a decoder: two per multiply-add of every matrix product, with attention, without norms.
 
 Pure arithmetic on the size tables, no arrays.
 """
 
 from __future__ import annotations
 
-from vlmscale.models.sizes import DecoderSize, TowerSize
+from vlmscale.models.sizes import DecoderSize
 
 
 def decoder_flops(size: DecoderSize, new_tokens: float, context: float) -> float:
@@ -21,30 +21,6 @@ def head_flops(size: DecoderSize, vocab_size: int, positions: float) -> float:
     return 2 * size.width * vocab_size * positions
 
 
-def tower_flops(size: TowerSize) -> int:
-    """Forward FLOPs of one image, up to the last layer that anything reads."""
-    tokens, width = size.num_patches + size.class_tokens, size.width
-    block = tokens * (8 * width**2 + 4 * width * size.mlp_width) + 4 * tokens**2 * width
-    blocks = max(size.select_layer, *size.levels)
-    return blocks * block + 2 * size.num_patches * size.patch_size**2 * 3 * width
-
-
-def compressor_flops(name: str, visual_tokens: int, tower: TowerSize, llm_width: int) -> int:
-    """Forward FLOPs of one image."""
-    if visual_tokens == 0:
-        return 0
-    width = tower.width
-    if name in ("mlp", "pool"):
-        return 2 * visual_tokens * (width * llm_width + llm_width**2)
-    if name == "tokenpacker":
-        patches, levels = tower.num_patches, len(tower.levels)
-        keys_values = 2 * 2 * patches * (levels * width * width + width * width)
-        attention = 2 * 2 * patches * width**2 + 4 * patches * width
-        queries = 2 * visual_tokens * 3 * width**2
-        return keys_values + attention + queries + 2 * visual_tokens * (width * llm_width + llm_width**2)
-    raise KeyError(name)
-
-
 def inference_flops(size: DecoderSize, vocab_size: int, prompt: float, generated: float) -> float:
     """LLM FLOPs of one answer: prefill of the prompt, then `generated` tokens one at a time.
 
@@ -53,10 +29,3 @@ def inference_flops(size: DecoderSize, vocab_size: int, prompt: float, generated
     fed_back = max(generated - 1, 0)
     layers = decoder_flops(size, prompt, 0) + decoder_flops(size, fed_back, prompt)
     return layers + head_flops(size, vocab_size, generated)
-
-
-def training_flops(
-    size: DecoderSize, vocab_size: int, tokens: float, targets: float, compressor: float
-) -> float:
-    """FLOPs of one sample: forward and twice that backward for LLM and compressor; the tower is frozen."""
-    return 3 * (decoder_flops(size, tokens, 0) + head_flops(size, vocab_size, targets) + compressor)

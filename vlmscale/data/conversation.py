@@ -39,6 +39,10 @@ class Template:
         ids = [token for turn in history for token in self._turn(turn)[0]]
         return [*ids, self.user, *self.text(question), self.assistant]
 
+    def query(self, question: str) -> np.ndarray:
+        """Ids [q] of a question by itself, as QueCC embeds it; of the word "image" where it is empty."""
+        return np.array(self.text(question.strip()) or self.text("image"), np.int32)
+
     def decode(self, ids: list[int]) -> str:
         """Text of an answer, up to its `<|end|>`."""
         cut = ids.index(self.end) if self.end in ids else len(ids)
@@ -83,6 +87,7 @@ class Row:
     image_slots: np.ndarray  # [t] bool
     target_positions: np.ndarray  # [k] int32, where to predict
     target_ids: np.ndarray  # [k] int32, what to predict there
+    query: np.ndarray  # [q] int32, the first question, as methods read it that embed the question
 
 
 def training_row(record: Record, template: Template, visual_tokens: int) -> Row:
@@ -91,7 +96,8 @@ def training_row(record: Record, template: Template, visual_tokens: int) -> Row:
     slots = visual_tokens if record.image is not None else 0
     tokens, image_slots = with_image(ids, template, slots)
     where = np.flatnonzero(np.insert(np.array(supervised), IMAGE_OFFSET, np.zeros(slots, bool)))
-    return Row(tokens, image_slots, (where - 1).astype(np.int32), tokens[where])
+    query = template.query(record.turns[0].question)
+    return Row(tokens, image_slots, (where - 1).astype(np.int32), tokens[where], query)
 
 
 def with_image(ids: list[int], template: Template, slots: int) -> tuple[np.ndarray, np.ndarray]:

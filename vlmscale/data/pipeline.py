@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import grain
 import numpy as np
@@ -17,18 +18,32 @@ Batch = dict[str, np.ndarray]
 class Rows:
     """Training rows, the image each needs (-1: none), and the tower outputs by image.
 
-    `features` maps a name ("selected", "levels") to [images, P, C] arrays, usually memory-mapped.
+    `features` maps a name ("selected", "levels", ...) to [images, ...] arrays, usually memory-mapped.
+    `queries` is whether batches hold the question as well. `spare` keeps rows without an image free of as
+    many tokens as an image takes, so that a row can be narrowed to any smaller image.
     """
 
     rows: list[Row]
     images: np.ndarray
     features: dict[str, np.ndarray]
     pad_id: int
+    queries: bool = False
+    spare: bool = False
 
     @property
     def length(self) -> int:
         """Static row length T: the longest row, rounded up to a multiple of 8."""
-        return -(-max(len(row.tokens) for row in self.rows) // 8) * 8
+        longest = max(len(row.tokens) for row in self.rows)
+        if self.spare:
+            slots = [int(row.image_slots.sum()) for row in self.rows]
+            text = max(len(row.tokens) - taken for row, taken in zip(self.rows, slots, strict=True))
+            longest = text + max(slots)
+        return -(-longest // 8) * 8
+
+    @cached_property  # asked for with every row
+    def query_length(self) -> int:
+        """Static length Q of the questions."""
+        return max(len(row.query) for row in self.rows)
 
     @property
     def targets(self) -> int:
@@ -37,7 +52,10 @@ class Rows:
 
 
 def pad_row(data: Rows, index: int, length: int, targets: int) -> Batch:
-    """One row, padded: tokens, image_slots, positions, segment_ids [T]; target_* [K]; features [P, C]."""
+    """One row, padded: tokens, image_slots, positions, segment_ids [T]; target_* [K]; tower outputs.
+
+    With questions also query_tokens [Q] and query_length.
+    """
     row, image = data.rows[index], int(data.images[index])
     used, filled = len(row.tokens), len(row.target_ids)
     tokens = np.full(length, data.pad_id, np.int32)
@@ -56,6 +74,10 @@ def pad_row(data: Rows, index: int, length: int, targets: int) -> Batch:
         out[name] = np.zeros(targets, np.int32)
         out[name][:filled] = values
     out["target_mask"] = np.arange(targets) < filled
+    if data.queries:
+        out["query_tokens"] = np.full(data.query_length, data.pad_id, np.int32)
+        out["query_tokens"][: len(row.query)] = row.query
+        out["query_length"] = np.array(len(row.query), np.int32)
     for name, store in data.features.items():
         out[name] = np.array(store[image]) if image >= 0 else np.zeros(store.shape[1:], store.dtype)
     return out

@@ -14,8 +14,8 @@ import numpy as np
 from vlmscale.data.conversation import Template, with_image
 from vlmscale.errors import UserError
 from vlmscale.models.decoder import KVCache
-from vlmscale.models.vlm import VLM
-from vlmscale.train.step import Params, features_of
+from vlmscale.models.vlm import VLM, Inputs
+from vlmscale.train.step import Params, model_inputs
 
 Generate = Callable[..., jax.Array]
 _COLDEST = 1e-4  # below it logits over the temperature could overflow
@@ -83,8 +83,9 @@ def make_generate(
     """A jitted function from (params, prompt batch[, seed]) to answer ids [B, max_new_tokens].
 
     The prompt batch holds tokens, image_slots and valid [B, T] (right-padded) and, unless the model is
-    blind, the tower outputs. Behind the first of its `stop_ids` a row repeats it. Rows do not see each
-    other, so an answer does not depend on what else is in the batch.
+    blind, the tower outputs, and what else its compressor reads (`Inputs`). Behind the first of its
+    `stop_ids` a row repeats it. Rows do not see each other, so an answer does not depend on what else is in
+    the batch.
 
     Args:
       model: in the "loop" layout.
@@ -108,18 +109,10 @@ def make_generate(
     @jax.jit
     def generate(params: Params, batch: dict[str, jax.Array], seed: int = 0) -> jax.Array:
         rows, length = batch["tokens"].shape
-        positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-        logits, cache = model.apply(
-            {"params": params},
-            batch["tokens"],
-            batch["image_slots"],
-            positions,
-            batch["valid"],
-            features_of(batch),
-            length + max_new_tokens,
-            method="prefill",
+        inputs = prompt_inputs(batch)
+        logits, cache, prompt_length = model.apply(
+            {"params": params}, inputs, length + max_new_tokens, method="prefill"
         )
-        prompt_length = jnp.sum(batch["valid"], axis=1)
         keys = jax.random.split(jax.random.key(seed), rows)
         said = (
             _said(batch, model.vocab_size) if sampling.repetition_penalty != 1 else jnp.zeros((rows, 0), bool)
@@ -152,6 +145,12 @@ def make_generate(
         return jnp.where(jnp.arange(max_new_tokens) < count, answers, token[:, None])
 
     return generate
+
+
+def prompt_inputs(batch: dict[str, jax.Array]) -> Inputs:
+    """A prompt batch as the model reads it: positions from 0 on, one segment a row."""
+    positions = jnp.broadcast_to(jnp.arange(batch["tokens"].shape[1]), batch["tokens"].shape)
+    return model_inputs(batch | {"positions": positions, "segment_ids": batch["valid"].astype(jnp.int32)})
 
 
 def _said(batch: dict[str, jax.Array], vocab_size: int) -> jax.Array:

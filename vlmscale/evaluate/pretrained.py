@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from tokenizers import Tokenizer
 
+from vlmscale.compressors.features import tower_features
 from vlmscale.data.images import ImageError, decode_image
 from vlmscale.data.processor import ImageProcessor, read_processor
 from vlmscale.data.tokenizer import decode, encode_prompt, read_tokenizer
@@ -34,7 +35,6 @@ from vlmscale.evaluate.generation import (
     pad_prompts,
 )
 from vlmscale.models.sizes import DecoderSize, TowerSize
-from vlmscale.models.vision import VisionTower
 from vlmscale.models.vlm import VLM
 from vlmscale.records import read_object
 from vlmscale.sharding import make_mesh, place, replicated
@@ -379,5 +379,5 @@ def select(model: Pretrained, pixels: np.ndarray) -> jax.Array:
 def _hidden(
     size: TowerSize, dtype: Any, attention: str, params: dict[str, Any], pixels: jax.Array
 ) -> jax.Array:
-    layer = size.select_layer
-    return VisionTower(size, dtype, attention).apply({"params": params}, pixels, (layer,)).hidden[layer]
+    made = tower_features(size, params, pixels, frozenset(), dtype, attention, every_token=True)
+    return made["selected"]

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from vlmscale import __version__
-from vlmscale.compressors import COMPRESSORS
-from vlmscale.config import Cell
+from vlmscale.compressors import COMPRESSORS, label, parse_options, spoken
+from vlmscale.compressors.features import abstract_features, tower_features
+from vlmscale.config import Cell, evaluable_counts
 from vlmscale.cost import flops
+from vlmscale.cost.image import image_flops, sample_flops
 from vlmscale.data.images import ImageError, decode_image
 from vlmscale.data.records import Record, Turn
 from vlmscale.errors import UserError
@@ -26,19 +29,22 @@ from vlmscale.evaluate.generation import (
     check_prompt,
     make_generate,
     prompt_batch,
+    prompt_inputs,
 )
 from vlmscale.evaluate.scoring import SCORERS
 from vlmscale.models.decoder import unstack
 from vlmscale.models.sizes import SIZES, TOWERS
+from vlmscale.models.vlm import VLM
 from vlmscale.records import ResultRow, git_commit, now, read_json, read_rows, write_lines
 from vlmscale.sharding import make_mesh, replicated
 from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.loop import load_prepared, with_sharding
-from vlmscale.train.prepared import Prepared, encode_images, load_tower, pixels_of
+from vlmscale.train.prepared import Prepared, load_tower, needs_of, pixels_of
 from vlmscale.train.step import build_model, init_params
 from vlmscale.weights import tree
 
 SCORER = "exact_match"
+_QUERIES = 1024  # questions that are embedded together
 Progress = Callable[[int, int], None]
 
 
@@ -89,15 +95,15 @@ def load_run(path: Path) -> LoadedRun:
 def abstract_params(cell: Cell, vocab_size: int) -> Any:
     """Shapes of a cell's parameters, without making them."""
     model = build_model(cell, vocab_size)
-    tower, slots = TOWERS[cell.tower.name], cell.compressor.visual_tokens
-    ids = jax.ShapeDtypeStruct((1, slots + 8), np.int32)
-    batch: dict[str, Any] = dict.fromkeys(("tokens", "positions", "segment_ids", "target_positions"), ids)
-    batch["image_slots"] = jax.ShapeDtypeStruct(ids.shape, bool)
-    if slots:
-        batch["selected"] = jax.ShapeDtypeStruct((1, tower.num_patches, tower.width), np.float32)
-        channels = tower.width * len(tower.levels)
-        batch["levels"] = jax.ShapeDtypeStruct((1, tower.num_patches, channels), np.float32)
-    return jax.eval_shape(lambda b: init_params(model, b, 0), batch)
+    ids = jax.ShapeDtypeStruct((1, cell.compressor.visual_tokens + 8), np.int32)
+    flags = jax.ShapeDtypeStruct(ids.shape, bool)
+    names = ("tokens", "positions", "segment_ids", "target_positions", "query_tokens")
+    batch: dict[str, Any] = dict.fromkeys(names, ids) | dict.fromkeys(("image_slots", "target_mask"), flags)
+    batch["query_length"] = jax.ShapeDtypeStruct((1,), np.int32)
+    if cell.compressor.visual_tokens:
+        given = abstract_features(TOWERS[cell.tower.name], needs_of(cell))._asdict()
+        batch |= {name: shapes for name, shapes in given.items() if shapes is not None}
+    return jax.eval_shape(lambda batch: init_params(model, batch, 0), batch)
 
 
 def make_items(records: list[Record], image_of: np.ndarray, history: str) -> list[Item]:
@@ -114,33 +120,91 @@ def make_items(records: list[Record], image_of: np.ndarray, history: str) -> lis
     return items
 
 
-def answer_items(run: LoadedRun, items: list[Item], split: str, progress: Progress) -> list[tuple[str, int]]:
-    """Greedy answers in the order of `items`: (text, generated tokens with the end token)."""
+class Said(NamedTuple):
+    """What the model said to one item."""
+
+    text: str
+    tokens: int  # generated, the end token included
+    visual_tokens: int  # of the item's picture; 0 without one
+
+
+def answer_items(
+    run: LoadedRun, items: list[Item], split: str, visual_tokens: int, progress: Progress
+) -> list[Said]:
+    """Greedy answers in the order of `items`, with so many visual tokens a picture (at most, if adaptive)."""
     cell, template = run.cell, run.prepared.template
-    features = run.prepared.features(split, cell)
+    features, constants = run.prepared.features(split, cell), run.prepared.constants(cell)
     prompts = [template.prompt(item.question, item.history) for item in items]
-    model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop")
+    model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop", visual_tokens)
     generate = make_generate(model, cell.evaluate.max_new_tokens, (template.end,))
+    queries = embed_queries(run, model, [first_question(item) for item in items])
     size = min(cell.evaluate.batch_size, len(items))
-    length = max(map(len, prompts)) + cell.compressor.visual_tokens
-    answers: list[tuple[str, int]] = []
+    length = max(map(len, prompts)) + visual_tokens
+    answers: list[Said] = []
     for start in range(0, len(items), size):
         rows = list(range(start, min(start + size, len(items))))
         rows += [rows[0]] * (size - len(rows))
+        shown = [items[i].image >= 0 for i in rows]
         batch: dict[str, Any] = prompt_batch(
-            [prompts[i] for i in rows],
-            [items[i].image >= 0 for i in rows],
-            template,
-            cell.compressor.visual_tokens,
-            length,
+            [prompts[i] for i in rows], shown, template, visual_tokens, length
         )
         for name, store in features.items():
             batch[name] = store[[max(items[i].image, 0) for i in rows]]
+        if queries is not None:
+            batch["text_query"] = queries[rows]
+        batch |= constants
         ids = np.asarray(generate(run.params, batch)).tolist()
-        for row in ids[: min(size, len(items) - start)]:
-            answers.append((template.decode(row), answer_length(row, (template.end,))))
+        counts = np.where(shown, visual_counts(run, model, batch), 0).tolist()
+        for row, count in list(zip(ids, counts, strict=True))[: min(size, len(items) - start)]:
+            answers.append(Said(template.decode(row), answer_length(row, (template.end,)), count))
         progress(min(start + size, len(items)), len(items))
     return answers
+
+
+def first_question(item: Item) -> str:
+    """The question that QueCC embeds: the first of the conversation, later ones reuse its visual tokens."""
+    return item.history[0].question if item.history else item.question
+
+
+def embed_queries(run: LoadedRun, model: VLM, questions: list[str]) -> np.ndarray | None:
+    """Embeddings [n, 1, D] of questions, each distinct one computed once; None where none is read."""
+    if not model.visual_tokens or COMPRESSORS[model.compressor_name].text != "query":
+        return None
+    distinct = {question: place for place, question in enumerate(dict.fromkeys(questions))}
+    ids = [run.prepared.template.query(question) for question in distinct]
+    tokens = np.full((len(ids), max(map(len, ids))), run.prepared.template.pad, np.int32)
+    for row, query in enumerate(ids):
+        tokens[row, : len(query)] = query
+    lengths = np.array([len(query) for query in ids], np.int32)
+    known = np.concatenate(
+        [
+            np.asarray(
+                _embed_query(
+                    model, run.params, tokens[start : start + _QUERIES], lengths[start : start + _QUERIES]
+                )
+            )
+            for start in range(0, len(ids), _QUERIES)
+        ]
+    )
+    return known[[distinct[question] for question in questions]]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed_query(model: VLM, params: dict[str, Any], tokens: jax.Array, length: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, tokens, length, method="embed_query")
+
+
+def visual_counts(run: LoadedRun, model: VLM, batch: dict[str, Any]) -> np.ndarray:
+    """How many tokens the picture of each row gives, [B]."""
+    options = dict(model.options)
+    if model.visual_tokens and COMPRESSORS[model.compressor_name].adaptive(options):
+        return np.asarray(_visual_counts(model, run.params, batch))
+    return np.full(len(batch["tokens"]), model.visual_tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _visual_counts(model: VLM, params: dict[str, Any], batch: dict[str, jax.Array]) -> jax.Array:
+    return model.apply({"params": params}, prompt_inputs(batch), method="visual_counts")
 
 
 def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> list[ResultRow]:
@@ -161,44 +225,61 @@ def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> lis
         if task not in known:
             raise UserError(f"task {task}: the data of {run.path} has {', '.join(known)}")
     chosen = [item for item in items if tasks is None or item.task in tasks]
-    answers = answer_items(run, chosen, split, progress)
-    by_task: dict[str, list[tuple[Item, str, int]]] = {}
-    for item, (answer, used) in zip(chosen, answers, strict=True):
-        by_task.setdefault(item.task, []).append((item, answer, used))
-    rows, sample_flops = [], _training_flops(run)
+    counts = run.cell.evaluate.visual_tokens or (run.cell.compressor.visual_tokens,)
     (run.path / "answers").mkdir(exist_ok=True)
-    for task, answered in sorted(by_task.items()):
-        lines = [
-            json.dumps({"id": item.id, "question": item.question, "answer": answer, "truth": item.truth})
-            for item, answer, _ in answered
-        ]
-        write_lines(run.path / "answers" / f"{task}.jsonl", lines)
-        rows.append(_row(run, split, answered, sample_flops))
-    results = run.path / "result.jsonl"
-    others = [row for row in read_rows(results) if row["task"] not in by_task] if results.exists() else []
-    every = sorted(others + [asdict(row) for row in rows], key=lambda row: row["task"])
+    rows: list[ResultRow] = []
+    sample_flops = training_flops(run)
+    for number, count in enumerate(counts):
+
+        def tell(done: int, total: int, before: int = number) -> None:
+            progress(before * total + done, len(counts) * total)
+
+        answered = answer_items(run, chosen, split, count, tell)
+        by_task: dict[str, list[tuple[Item, Said]]] = {}
+        for item, said in zip(chosen, answered, strict=True):
+            by_task.setdefault(item.task, []).append((item, said))
+        for task, answers in sorted(by_task.items()):
+            lines = [
+                json.dumps(
+                    {"id": item.id, "question": item.question, "answer": said.text, "truth": item.truth}
+                )
+                for item, said in answers
+            ]
+            name = task if len(counts) == 1 else f"{task}@{count}"
+            write_lines(run.path / "answers" / f"{name}.jsonl", lines)
+            rows.append(_row(run, split, answers, count, sample_flops))
+    results, done = run.path / "result.jsonl", {row.task for row in rows}
+    others = [row for row in read_rows(results) if row["task"] not in done] if results.exists() else []
+    every = sorted(
+        others + [asdict(row) for row in rows], key=lambda row: (row["task"], row["visual_tokens"])
+    )
     write_lines(results, [json.dumps(row) for row in every])
     return rows
 
 
-def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], sample_flops: float) -> ResultRow:
+def _row(
+    run: LoadedRun, split: str, answered: list[tuple[Item, Said]], visual_tokens: int, sample_flops: float
+) -> ResultRow:
     cell, template = run.cell, run.prepared.template
     llm, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
-    vocab, visual_tokens = run.prepared.tokenizer.get_vocab_size(), cell.compressor.visual_tokens
-    scores = [SCORERS[SCORER](answer, item.truth) for item, answer, _ in answered]
-    text = float(np.mean([len(template.prompt(item.question, item.history)) for item, _, _ in answered]))
-    generated = float(np.mean([used for _, _, used in answered]))
-    compressor = flops.compressor_flops(cell.compressor.name, visual_tokens, tower, llm.width)
-    tower_flops = flops.tower_flops(tower) if visual_tokens else 0
-    # Questions without an image cost neither tower nor visual tokens.
-    with_image = float(np.mean([item.image >= 0 for item, _, _ in answered]))
-    prompt = text + visual_tokens * with_image
+    vocab = run.prepared.tokenizer.get_vocab_size()
+    scores = [SCORERS[SCORER](said.text, item.truth) for item, said in answered]
+    prompts = [len(template.prompt(item.question, item.history)) for item, _ in answered]
+    text, generated = float(np.mean(prompts)), float(np.mean([said.tokens for _, said in answered]))
+    # Of an adaptive method the mean over pictures is its V; questions without one cost no visual tokens.
+    given = [said.visual_tokens for item, said in answered if item.image >= 0]
+    mean_tokens = float(np.mean(given)) if given else float(visual_tokens)
+    with_image = len(given) / len(answered)
+    queries = [len(template.query(first_question(item))) for item, _ in answered]
+    image = image_flops(cell, visual_tokens, round(text), float(np.mean(queries)))
+    prompt = text + mean_tokens * with_image
     llm_flops = flops.inference_flops(llm, vocab, prompt, generated)
     cached = prompt + generated - 1  # the last token is not fed back
     done = read_json(run.path / "done.json")
     metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     heldout = [line["heldout_loss"] for line in metrics if "heldout_loss" in line]
     first = answered[0][0]
+    options = parse_options(cell.compressor.name, cell.compressor.options)
     return ResultRow(
         run_id=f"{run.sweep or 'run'}-{run.cell_id}",
         cell_id=run.cell_id,
@@ -209,15 +290,15 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], samp
         n_total=tree.count(run.params["decoder"]),
         n_nonembed=llm.num_nonembedding_params,
         vision_tower=cell.tower.name,
-        tower_flops=tower_flops,
-        compressor=cell.compressor.name if visual_tokens else "none",
+        tower_flops=image.tower,
+        compressor=label(cell.compressor.name, options) if visual_tokens else "none",
         compressor_params=tree.count(run.params.get("compressor", {})),
-        compressor_flops=compressor,
-        query_pass_flops=0,
+        compressor_flops=image.compressor,
+        query_pass_flops=image.query_pass,
         reducer=None,
         tokens_per_layer=prompt,
         kv_bytes=round(2 * 4 * llm.num_layers * llm.num_kv_heads * llm.head_dim * cached),
-        visual_tokens=visual_tokens,
+        visual_tokens=int(mean_tokens) if mean_tokens.is_integer() else mean_tokens,
         text_tokens_mean=text,
         gen_tokens_mean=generated,
         image_size=tower.image_size,
@@ -226,7 +307,7 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], samp
         stage_steps=[cell.train.steps],
         lr=cell.train.learning_rate,
         train_flops=round(sample_flops * cell.train.steps * cell.train.batch_size),
-        infer_flops=round(with_image * (tower_flops + compressor) + llm_flops),
+        infer_flops=round(with_image * sum(image) + llm_flops),
         latency_ms=None,
         device=read_json(run.path / "env.json")["device"],
         task=first.task,
@@ -238,7 +319,7 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], samp
         score_raw=float(np.sum(scores)),
         score=float(np.mean(scores)),
         n_items=len(scores),
-        chance=float(np.mean([item.chance for item, _, _ in answered])),
+        chance=float(np.mean([item.chance for item, _ in answered])),
         blind_score=None,
         heldout_loss=heldout[-1] if heldout else None,
         wall_s=done["wall_s"],
@@ -249,16 +330,15 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, str, int]], samp
     )
 
 
-def _training_flops(run: LoadedRun) -> float:
+def training_flops(run: LoadedRun) -> float:
     """FLOPs of an average training sample (padding is not counted as work)."""
-    cell, llm = run.cell, SIZES[run.cell.llm.name]
-    rows = run.prepared.rows("train", cell).rows
-    tokens = float(np.mean([len(row.tokens) for row in rows]))
+    rows = run.prepared.rows("train", run.cell).rows
+    text = float(np.mean([len(row.tokens) - row.image_slots.sum() for row in rows]))
     with_image = float(np.mean([row.image_slots.any() for row in rows]))
     targets = float(np.mean([len(row.target_ids) for row in rows]))
-    tower, vocab = TOWERS[cell.tower.name], run.prepared.tokenizer.get_vocab_size()
-    compressor = flops.compressor_flops(cell.compressor.name, cell.compressor.visual_tokens, tower, llm.width)
-    return flops.training_flops(llm, vocab, tokens, targets, with_image * compressor)
+    query = float(np.mean([len(row.query) for row in rows]))
+    vocab = run.prepared.tokenizer.get_vocab_size()
+    return sample_flops(run.cell, vocab, text, targets, query, with_image)
 
 
 def answer_one(
@@ -268,16 +348,20 @@ def answer_one(
     max_new_tokens: int | None = None,
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    visual_tokens: int | None = None,
 ) -> Answer:
     """Answer to one question about one picture; greedy and of the run's own length unless told otherwise.
 
     Raises:
-      UserError: a prompt that is empty or no text, or a picture that cannot be read.
+      UserError: a prompt that is empty or no text, a picture that cannot be read, or a number of visual
+        tokens that the run's compressor does not give.
     """
     check_prompt(prompt)
     cell, template = run.cell, run.prepared.template
+    if visual_tokens is not None and visual_tokens not in (known := evaluable_counts(cell)):
+        raise UserError(f"--visual-tokens {visual_tokens}: this {cell.compressor.name} gives {spoken(known)}")
     ids = template.prompt(prompt.strip())
-    slots = cell.compressor.visual_tokens
+    slots = visual_tokens or cell.compressor.visual_tokens
     batch: dict[str, Any] = prompt_batch([ids], [image is not None], template, slots, len(ids) + slots)
     tower = TOWERS[cell.tower.name]
     pixels = np.zeros((1, tower.image_size, tower.image_size, 3), np.float32)
@@ -289,10 +373,14 @@ def answer_one(
         if not slots:
             raise UserError(f"{run.path}: was trained without pictures; leave --image away")
     if slots:
-        levels = COMPRESSORS[cell.compressor.name].needs_levels
-        weights = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name, levels)
-        batch |= jax.jit(encode_images, static_argnums=(0, 3))(cell.tower.name, weights, pixels, levels)
-    model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop")
+        needs, constants = needs_of(cell), run.prepared.constants(cell)
+        weights = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name, needs)
+        encode = jax.jit(tower_features, static_argnums=(0, 3))
+        batch |= encode(tower, weights, pixels, needs) | constants
+    model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop", slots)
+    queries = embed_queries(run, model, [prompt.strip()])
+    if queries is not None:
+        batch["text_query"] = queries
     longest = max_new_tokens or cell.evaluate.max_new_tokens
     generate = make_generate(model, longest, (template.end,), sampling)
     row = np.asarray(generate(run.params, batch, np.uint32(seed)))[0].tolist()

@@ -182,7 +182,12 @@ class Decoder(nn.Module):
         return [*states[:-1], self.final_norm(states[-1])]
 
     def prefill(
-        self, embeddings: jax.Array, positions: jax.Array, valid: jax.Array, slots: int
+        self,
+        embeddings: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        slots: int,
+        holes: bool = False,
     ) -> tuple[jax.Array, KVCache]:
         """Run whole prompts and keep their keys and values. Needs the "loop" layout.
 
@@ -191,15 +196,17 @@ class Decoder(nn.Module):
           positions: [B, T] int32.
           valid: [B, T] bool; False marks padding, which no other token sees.
           slots: length of the cache, at least T; the prompt takes the first T.
+          holes: whether there may be padding inside the prompts, too.
 
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache.
         """
         x, layers = embeddings, []
         free = slots - valid.shape[1]
+        # Padding behind the prompt is hidden by causal order alone.
+        segment_ids = valid.astype(jnp.int32) if holes else None
         for layer in self.layers:
-            # Padding stands behind the prompt, so that causal order alone hides it.
-            x, new = layer.prefill(x, positions, None)
+            x, new = layer.prefill(x, positions, segment_ids)
             layers.append(tuple(jnp.pad(heads, ((0, 0), (0, 0), (0, free), (0, 0))) for heads in new))
         k, v = zip(*layers, strict=True)
         return self.final_norm(x), KVCache(k, v, jnp.pad(valid, ((0, 0), (0, free))))

@@ -1,4 +1,4 @@
-"""Vision transformers of SigLIP, SigLIP 2 (fixed resolution) and CLIP: hidden states of chosen layers.
+"""Vision transformers of SigLIP, SigLIP 2 (fixed resolution) and CLIP: hidden states and projections.
 
 SigLIP is arXiv 2303.15343, SigLIP 2 arXiv 2502.14786 (at a fixed resolution the same network), CLIP arXiv
 2103.00020. Everything is computed as transformers' `SiglipVisionModel` and `CLIPVisionModel` compute it.
@@ -36,16 +36,37 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+class Projections(NamedTuple):
+    """What attention makes of its input: with bias, unscaled, all heads side by side along the channel."""
+
+    queries: jax.Array
+    keys: jax.Array
+
+
 class TowerOutputs(NamedTuple):
     """What was asked of a tower; T counts CLIP's class token, which is the first.
 
     `hidden` maps a layer to [B, T, C]: 0 is the input of the first block (CLIP: behind `pre_norm`), i the
-    output of block i - 1. None of them has the final norm, the last one neither. `attention` maps a block
-    to [B, H, T, T], float32 and after the softmax: query by key.
+    output of block i - 1. None of them has the final norm, the last one neither. `projections` maps a block
+    to its queries and keys, [B, T, C] each, of which `head_weights` makes the rows of attention that are
+    wanted.
     """
 
     hidden: dict[int, jax.Array]
-    attention: dict[int, jax.Array]
+    projections: dict[int, Projections]
+
+
+def head_weights(queries: jax.Array, keys: jax.Array, num_heads: int) -> jax.Array:
+    """Attention by head, of any rows of projected queries [B, T, C] to all keys [B, S, C].
+
+    Returns:
+      [B, H, T, S] float32, after the softmax: query by key.
+    """
+    return attention_weights(_split_heads(queries, num_heads), _split_heads(keys, num_heads))
+
+
+def _split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], num_heads, x.shape[-1] // num_heads)
 
 
 def patches(hidden: jax.Array, size: TowerSize) -> jax.Array:
@@ -95,31 +116,30 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, queries: jax.Array, keys: jax.Array, mix: bool = True, weigh: bool = False
-    ) -> tuple[jax.Array | None, jax.Array | None]:
+        self, queries: jax.Array, keys: jax.Array, mix: bool = True
+    ) -> tuple[jax.Array | None, Projections]:
         """Attend from [B, T, C] to [B, S, C].
 
         Args:
           queries: [B, T, C].
           keys: [B, S, C], the values too.
           mix: whether the mixed values are wanted; without them `v` and `o` are not declared.
-          weigh: whether the weights are wanted.
 
         Returns:
-          [B, T, C] or None, and float32 weights [B, H, T, S] or None.
+          [B, T, C] or None, and the projected queries [B, T, C] and keys [B, S, C].
         """
         width = queries.shape[-1]
 
         def project(x: jax.Array, name: str) -> jax.Array:
-            y = dense(width, name, self.dtype, ("embed", "heads"))(x)
-            return y.reshape(*x.shape[:2], self.num_heads, width // self.num_heads)
+            y: jax.Array = dense(width, name, self.dtype, ("embed", "heads"))(x)
+            return y
 
-        q, k = project(queries, "q"), project(keys, "k")
-        weights = attention_weights(q, k) if weigh else None
+        made = Projections(project(queries, "q"), project(keys, "k"))
         if not mix:
-            return None, weights
-        mixed = attend(q, k, project(keys, "v"), backend=self.backend).reshape(queries.shape)
-        return dense(width, "o", self.dtype, ("heads", "embed"))(mixed), weights
+            return None, made
+        q, k, v = (_split_heads(x, self.num_heads) for x in (*made, project(keys, "v")))
+        mixed = attend(q, k, v, backend=self.backend).reshape(queries.shape)
+        return dense(width, "o", self.dtype, ("heads", "embed"))(mixed), made
 
 
 class MLP(nn.Module):
@@ -154,36 +174,36 @@ class EncoderBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, run: bool = True, weigh: bool = False
-    ) -> tuple[jax.Array | None, jax.Array | None]:
-        """Run the block, or only as much of it as its attention weights need.
+        self, x: jax.Array, run: bool = True, context: jax.Array | None = None
+    ) -> tuple[jax.Array | None, Projections]:
+        """Run the block, or only as much of it as its queries and keys need.
 
         Args:
           x: [B, T, C].
           run: whether the block's output is wanted; without it only `attention_norm` and the projections
             to queries and keys are declared.
-          weigh: whether the attention weights are wanted.
+          context: [B, S, C] more tokens that x attends to, in front of itself, and that stay as they are.
 
         Returns:
-          [B, T, C] or None, and float32 weights [B, H, T, T] or None.
+          [B, T, C] or None, and the projected queries [B, T, C] and keys [B, S + T, C].
         """
         size = self.size
-        h = LayerNorm(size.norm_eps, self.dtype, name="attention_norm")(x)
+        seen = x if context is None else jnp.concatenate([context, x], axis=1)
+        h = LayerNorm(size.norm_eps, self.dtype, name="attention_norm")(seen)
         attention = Attention(size.num_heads, self.dtype, self.attention, name="attention")
-        mixed, weights = attention(h, h, run, weigh)
+        mixed, made = attention(h[:, -x.shape[1] :], h, run)
         if mixed is None:
-            return None, weights
+            return None, made
         x = x + mixed
         h = LayerNorm(size.norm_eps, self.dtype, name="mlp_norm")(x)
-        return x + MLP(size.mlp_width, size.activation, self.dtype, name="mlp")(h), weights
+        return x + MLP(size.mlp_width, size.activation, self.dtype, name="mlp")(h), made
 
 
 class VisionTower(nn.Module):
-    """A ViT that returns the hidden states and attention weights asked for.
+    """A ViT that returns the hidden states, queries and keys asked for.
 
     Blocks that none of them needs are neither run nor declared. The residual stream is in `dtype`; norms,
-    softmax and the resizing of positions are float32. `attention` is the backend that mixes values; weights
-    that are asked for are computed beside it.
+    softmax and the resizing of positions are float32. `attention` is the backend that mixes values.
     """
 
     size: TowerSize
@@ -192,16 +212,17 @@ class VisionTower(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, layers: tuple[int, ...], attention_layers: tuple[int, ...] = ()
+        self, images: jax.Array, layers: tuple[int, ...], projection_layers: tuple[int, ...] = ()
     ) -> TowerOutputs:
-        """Hidden states by layer and attention weights by block.
+        """Hidden states by layer, and queries and keys by block.
 
         Args:
           images: [B, H, W, 3] normalised pixels. For another resolution than the size's own, also one that
             is not square, position embeddings are interpolated. Pixels at the right and lower edge that do
             not fill a patch are cut off.
           layers: which hidden states, 0 to num_layers.
-          attention_layers: the attention of which blocks, 0 to num_layers - 1.
+          projection_layers: the queries and keys of which blocks, 0 to num_layers - 1. Of a block behind
+            the last layer asked for, no more is run or declared than they need.
 
         Returns:
           The outputs asked for, and no others.
@@ -214,22 +235,21 @@ class VisionTower(nn.Module):
             raise ValueError(f"unknown style {size.style!r}; there are {', '.join(STYLES)}")
         for what, asked, end in (
             ("layer", layers, size.num_layers),
-            ("attention of block", attention_layers, size.num_layers - 1),
+            ("projections of block", projection_layers, size.num_layers - 1),
         ):
             for index in asked:
                 if not 0 <= index <= end:
                     raise ValueError(f"no {what} {index}: the tower has 0 to {end}")
         x = self._embed(images)
-        # Weights of block i need the input of that block, which is hidden state i.
-        deepest = max((*layers, *attention_layers), default=0)
-        hidden, attention = {0: x}, {}
+        # The projections of block i need its input, which is hidden state i.
+        deepest = max((*layers, *projection_layers), default=0)
+        hidden, projections = {0: x}, {}
         for index in range(deepest):
-            x, weights = self._block(index)(x, True, index in attention_layers)
+            x, projections[index] = self._block(index)(x)
             hidden[index + 1] = x
-            attention[index] = weights
-        if deepest in attention_layers:
-            _, attention[deepest] = self._block(deepest)(x, False, True)
-        return TowerOutputs({i: hidden[i] for i in layers}, {i: attention[i] for i in attention_layers})
+        if deepest in projection_layers:
+            _, projections[deepest] = self._block(deepest)(x, run=False)
+        return TowerOutputs({i: hidden[i] for i in layers}, {i: projections[i] for i in projection_layers})
 
     def _block(self, index: int) -> EncoderBlock:
         return EncoderBlock(self.size, self.dtype, self.attention, name=f"block_{index}")
@@ -265,14 +285,32 @@ class AttentionPool(nn.Module):
     size: TowerSize
     dtype: jnp.dtype = jnp.float32
 
-    @nn.compact
+    def setup(self) -> None:
+        """Name the parts; only those that a method uses are declared."""
+        size = self.size
+        self.final_norm = LayerNorm(size.norm_eps, self.dtype)
+        init = named(nn.initializers.xavier_uniform(), (None, None, "embed"))
+        self.probe = self.param("probe", init, (1, 1, size.width), jnp.float32)
+        self.attention = Attention(size.num_heads, self.dtype)
+        self.mlp_norm = LayerNorm(size.norm_eps, self.dtype)
+        self.mlp = MLP(size.mlp_width, size.activation, self.dtype)
+
     def __call__(self, x: jax.Array) -> jax.Array:
         """Last hidden state [B, P, C] to the image embedding [B, C]; applies the final norm first."""
-        size = self.size
-        x = LayerNorm(size.norm_eps, self.dtype, name="final_norm")(x)
-        init = named(nn.initializers.xavier_uniform(), (None, None, "embed"))
-        probe = self.param("probe", init, (1, 1, size.width), jnp.float32)
-        queries = jnp.broadcast_to(probe.astype(self.dtype), (x.shape[0], 1, size.width))
-        pooled, _ = Attention(size.num_heads, self.dtype, name="attention")(queries, x)
-        h = LayerNorm(size.norm_eps, self.dtype, name="mlp_norm")(pooled)
-        return (pooled + MLP(size.mlp_width, size.activation, self.dtype, name="mlp")(h))[:, 0]
+        pooled, _ = self._attend(x, mix=True)
+        assert pooled is not None
+        return (pooled + self.mlp(self.mlp_norm(pooled)))[:, 0]
+
+    def probe_attention(self, x: jax.Array) -> jax.Array:
+        """Last hidden state [B, P, C] to what the probe gives each patch, mean over heads: [B, P] float32.
+
+        Needs `final_norm`, `probe` and the attention's `q` and `k` alone.
+        """
+        _, made = self._attend(x, mix=False)
+        return head_weights(*made, self.size.num_heads).mean(1)[:, 0]
+
+    def _attend(self, x: jax.Array, mix: bool) -> tuple[jax.Array | None, Projections]:
+        x = self.final_norm(x)
+        probe = jnp.broadcast_to(self.probe.astype(self.dtype), (x.shape[0], 1, self.size.width))
+        attended: tuple[jax.Array | None, Projections] = self.attention(probe, x, mix)
+        return attended

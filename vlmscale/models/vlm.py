@@ -2,19 +2,62 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlmscale.compressors import COMPRESSORS, Features
+from vlmscale.attention import split_rows
+from vlmscale.compressors import COMPRESSORS, Features, make_compressor
+from vlmscale.compressors.llava_mini import FusionText
 from vlmscale.models.decoder import Decoder, KVCache
-from vlmscale.models.sizes import DecoderSize
+from vlmscale.models.sizes import DecoderSize, TowerSize
+
+
+class Inputs(NamedTuple):
+    """What the model reads: B rows of T tokens, and N = B * I images, of which row b owns I, from b * I on.
+
+    Attributes:
+      tokens: [B, T] int32; the id in an image slot is not looked at.
+      image_slots: [B, T] bool or int32: 0 for text, i for a slot of the row's i-th image, of which each has
+        V slots or none.
+      positions: [B, T] int32, counted from 0 inside each segment.
+      segment_ids: [B, T] int32, 0 where there is padding; packed rows hold several samples.
+      features: tower outputs of the images; None for a blind model or where no row has an image.
+      query_tokens: [N, Q] int32, right-padded ids of the question about each image, where it is embedded.
+      query_length: [N] int32, how many of them are no padding.
+      text_query: [N, 1, D] those embeddings, where they are known already (`VLM.embed_query`).
+      answers: [B, T] bool, tokens that the model is to say: a method that fuses the text must not read them.
+      visual_count: how many of the V visual tokens are used, an int32 scalar; None for all.
+    """
+
+    tokens: jax.Array
+    image_slots: jax.Array
+    positions: jax.Array
+    segment_ids: jax.Array
+    features: Features | None = None
+    query_tokens: jax.Array | None = None
+    query_length: jax.Array | None = None
+    text_query: jax.Array | None = None
+    answers: jax.Array | None = None
+    visual_count: jax.Array | None = None
+
+
+class Embedded(NamedTuple):
+    """A batch as the decoder reads it; `holes` is whether slots may have been left empty."""
+
+    embeddings: jax.Array  # [B, T, D]
+    positions: jax.Array  # [B, T]
+    segment_ids: jax.Array  # [B, T]
+    holes: bool
 
 
 class VLM(nn.Module):
     """Everything behind the frozen tower. `visual_tokens` = 0 is the blind model: no compressor at all.
 
-    `layout`, `attention` and `remat` are the decoder's: "scan" to train, "loop" to generate.
+    `layout`, `attention` and `remat` are the decoder's: "scan" to train, "loop" to generate. `options` are
+    the compressor's; `largest` is the count that a nested one was made for, 0 for `visual_tokens` itself.
     """
 
     decoder_size: DecoderSize
@@ -25,6 +68,9 @@ class VLM(nn.Module):
     layout: str = "scan"
     attention: str = "xla"
     remat: str = "block"
+    options: tuple[tuple[str, str], ...] = ()
+    tower_size: TowerSize | None = None
+    largest: int = 0
 
     def setup(self) -> None:
         """Declare the parts."""
@@ -32,72 +78,106 @@ class VLM(nn.Module):
             self.decoder_size, self.vocab_size, self.dtype, self.layout, self.attention, self.remat
         )
         if self.visual_tokens:
-            method = COMPRESSORS[self.compressor_name]
-            self.compressor = method.build(self.visual_tokens, self.decoder_size.width, dtype=self.dtype)
+            self.compressor = make_compressor(
+                self.compressor_name,
+                self.visual_tokens,
+                self.decoder_size.width,
+                dict(self.options),
+                dtype=self.dtype,
+                attention=self.attention,
+                decoder_size=self.decoder_size,
+                tower_size=self.tower_size,
+                largest=self.largest or self.visual_tokens,
+            )
 
-    def embed(self, tokens: jax.Array, image_slots: jax.Array, features: Features | None) -> jax.Array:
+    def embed(self, inputs: Inputs) -> Embedded:
         """Token embeddings with the visual tokens in their slots.
 
-        Args:
-          tokens: [B, T] int32; the id in an image slot is not looked at.
-          image_slots: [B, T] bool, either V or no True in a row.
-          features: tower outputs of the row's image; None for a blind model.
-
-        Returns:
-          [B, T, D].
+        Slots beyond the tokens that an image gives (of an adaptive method, or above `visual_count`) become
+        padding, and the positions behind them close up, as if they had never been there.
 
         Raises:
-          ValueError: the features give another number of tokens than the model's.
+          ValueError: the features give another number of tokens than the model's, or what the compressor
+            reads is missing.
         """
-        embeddings = self.decoder.embed(tokens)
-        if not self.visual_tokens or features is None:
-            return embeddings
-        visual, _ = self.compressor(features, None)
+        embeddings = self.decoder.embed(inputs.tokens)
+        positions, segment_ids = inputs.positions, inputs.segment_ids
+        if not self.visual_tokens or inputs.features is None:
+            return Embedded(embeddings, positions, segment_ids, False)
+        method = COMPRESSORS[self.compressor_name]
+        if method.text == "fusion":
+            text = _fusion_text(inputs, embeddings)
+            visual, valid, embeddings = self.compressor.fuse(inputs.features, text)
+        else:
+            query = self._query(inputs) if method.text == "query" else None
+            visual, valid = self.compressor(inputs.features, query)
         if visual.shape[1] != self.visual_tokens:
             raise ValueError(f"the image gives {visual.shape[1]} tokens, the model has {self.visual_tokens}")
-        return splice(embeddings, visual, image_slots)
+        slots, most = inputs.image_slots, inputs.visual_count
+        embeddings, filled = splice(embeddings, split_rows(visual), valid, slots, most)
+        holes = method.adaptive(dict(self.options)) or most is not None
+        if holes:
+            dropped = slots.astype(bool) & ~filled
+            positions, segment_ids = close_gaps(positions, segment_ids, dropped)
+        return Embedded(embeddings, positions, segment_ids, holes)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        image_slots: jax.Array,
-        positions: jax.Array,
-        segment_ids: jax.Array,
-        features: Features | None,
-        target_positions: jax.Array,
-    ) -> jax.Array:
+    def _query(self, inputs: Inputs) -> jax.Array:
+        if inputs.text_query is not None:
+            return inputs.text_query
+        if inputs.query_tokens is None or inputs.query_length is None:
+            raise ValueError(f"{self.compressor_name} reads the question: query_tokens and query_length")
+        return self.embed_query(inputs.query_tokens, inputs.query_length)
+
+    def embed_query(self, tokens: jax.Array, length: jax.Array) -> jax.Array:
+        """Questions as QueCC reads them (arXiv 2411.03312): the LLM's last state behind their last token.
+
+        Behind the final norm, as released. No gradient flows through it into the LLM.
+
+        Args:
+          tokens: [N, Q] int32, right-padded.
+          length: [N] int32, at least 1.
+
+        Returns:
+          [N, 1, D].
+        """
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        # Padding comes last, so that causal order alone hides it.
+        hidden = self.decoder(self.decoder.embed(tokens), positions, None)
+        return jax.lax.stop_gradient(jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1))
+
+    def __call__(self, inputs: Inputs, target_positions: jax.Array) -> jax.Array:
         """Logits at chosen positions only: [B, T] tokens and [B, K] positions to float32 [B, K, vocab]."""
-        embeddings = self.embed(tokens, image_slots, features)
-        hidden = self.decoder(embeddings, positions, segment_ids)
+        embedded = self.embed(inputs)
+        hidden = self.decoder(embedded.embeddings, embedded.positions, embedded.segment_ids)
         chosen = jnp.take_along_axis(hidden, target_positions[:, :, None], axis=1)
         return self.decoder.logits(chosen)
 
-    def prefill(
-        self,
-        tokens: jax.Array,
-        image_slots: jax.Array,
-        positions: jax.Array,
-        valid: jax.Array,
-        features: Features | None,
-        slots: int,
-    ) -> tuple[jax.Array, KVCache]:
+    def visual_counts(self, inputs: Inputs) -> jax.Array:
+        """How many tokens each image gives: [N] int32, of which only an adaptive method's differ."""
+        _, valid = self.compressor(inputs.features, self._query(inputs) if self._reads_query else None)
+        return jnp.sum(valid, axis=1)
+
+    @property
+    def _reads_query(self) -> bool:
+        return COMPRESSORS[self.compressor_name].text == "query"
+
+    def prefill(self, inputs: Inputs, slots: int) -> tuple[jax.Array, KVCache, jax.Array]:
         """Run the prompts into a new cache. Needs the "loop" layout, as `decode` does.
 
         Args:
-          tokens: [B, T] int32, right-padded prompts.
-          image_slots: [B, T] bool.
-          positions: [B, T] int32.
-          valid: [B, T] bool, False where there is padding.
-          features: tower outputs; None for a blind model.
+          inputs: right-padded prompts of one segment a row.
           slots: length of the cache: T and the tokens to come.
 
         Returns:
-          Float32 logits [B, vocab] behind each prompt's last token, and the cache.
+          Float32 logits [B, vocab] behind each prompt's last token, the cache, and the position [B] of the
+          token that comes next.
         """
-        embeddings = self.embed(tokens, image_slots, features)
-        hidden, cache = self.decoder.prefill(embeddings, positions, valid, slots)
-        last = jnp.sum(valid, axis=1) - 1
-        return self.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]), cache
+        embeddings, positions, segment_ids, holes = self.embed(inputs)
+        valid = segment_ids > 0
+        hidden, cache = self.decoder.prefill(embeddings, positions, valid, slots, holes)
+        last = jnp.sum(inputs.segment_ids > 0, axis=1) - 1  # a prompt never ends in an image slot
+        behind = self.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
+        return behind, cache, jnp.sum(valid, axis=1)
 
     def decode(
         self, token: jax.Array, position: jax.Array, cache: KVCache, slot: jax.Array
@@ -110,17 +190,101 @@ class VLM(nn.Module):
         return self.decoder.logits(hidden[:, 0]), cache
 
 
-def splice(embeddings: jax.Array, visual: jax.Array, image_slots: jax.Array) -> jax.Array:
+def splice(
+    embeddings: jax.Array,
+    visual: jax.Array,
+    valid: jax.Array,
+    image_slots: jax.Array,
+    count: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """Put visual tokens into their slots, in order.
 
     Args:
       embeddings: [B, T, D] of the text.
-      visual: [B, V, D].
-      image_slots: [B, T] bool; the i-th True of a row takes visual token i.
+      visual: [N, V, D], N = B * I.
+      valid: [N, V] bool.
+      image_slots: [B, T], as in `Inputs`; the j-th slot of an image takes its visual token j.
+      count: tokens used of each image; None for all.
 
     Returns:
-      [B, T, D].
+      [B, T, D], and which slots [B, T] hold a valid token.
     """
-    order = jnp.clip(jnp.cumsum(image_slots, axis=1) - 1, 0, visual.shape[1] - 1)
-    spread = jnp.take_along_axis(visual, order[:, :, None], axis=1)
-    return jnp.where(image_slots[:, :, None], spread.astype(embeddings.dtype), embeddings)
+    (rows, _, width), (images, tokens) = embeddings.shape, valid.shape
+    per_row = images // rows
+    image = image_slots.astype(jnp.int32)
+    mine = image[:, :, None] == jnp.arange(1, per_row + 1)
+    rank = jnp.sum(jnp.where(mine, jnp.cumsum(mine, axis=1) - 1, 0), axis=-1)
+    order = jnp.clip((image - 1) * tokens + rank, 0, per_row * tokens - 1)
+    spread = jnp.take_along_axis(visual.reshape(rows, per_row * tokens, width), order[:, :, None], axis=1)
+    filled = jnp.take_along_axis(valid.reshape(rows, per_row * tokens), order, axis=1) & (image > 0)
+    if count is not None:
+        filled &= rank < count
+    return jnp.where(filled[:, :, None], spread.astype(embeddings.dtype), embeddings), filled
+
+
+def close_gaps(
+    positions: jax.Array, segment_ids: jax.Array, dropped: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Make tokens padding and count the positions behind them as if they had never been there.
+
+    Args:
+      positions: [B, T] int32, from 0 in each segment.
+      segment_ids: [B, T] int32.
+      dropped: [B, T] bool.
+
+    Returns:
+      New positions and segment ids.
+    """
+    before = jnp.cumsum(dropped, axis=1) - dropped
+    at_start = jax.lax.cummax(jnp.where(positions == 0, before, 0), axis=1)
+    return positions - (before - at_start), jnp.where(dropped, 0, segment_ids)
+
+
+def narrow(
+    inputs: Inputs, target_positions: jax.Array, visual_tokens: int, count: int
+) -> tuple[Inputs, jax.Array]:
+    """The same batch with fewer slots an image: what it would have been for another number of tokens.
+
+    Rows get shorter by the slots that fall away, so every row must have that many free: one whose image has
+    `visual_tokens` slots, or one without an image that is no longer than its text (`Rows.length` sees to it).
+
+    Args:
+      inputs: with one image a row at most.
+      target_positions: [B, K], none of them a slot that falls away.
+      visual_tokens: slots an image has.
+      count: slots it is to have.
+
+    Returns:
+      Inputs of T - (visual_tokens - count) tokens, and their target positions.
+    """
+    slot = inputs.image_slots.astype(bool)
+    kept = ~(slot & (jnp.cumsum(slot, axis=1) > count))
+    length = inputs.tokens.shape[1] - (visual_tokens - count)
+    order = jnp.argsort(~kept, axis=1, stable=True)[:, :length]
+    positions, segment_ids = close_gaps(inputs.positions, inputs.segment_ids, ~kept)
+    taken: dict[str, Any] = {
+        name: jnp.take_along_axis(values, order, axis=1)
+        for name, values in (
+            ("tokens", inputs.tokens),
+            ("image_slots", inputs.image_slots),
+            ("positions", positions),
+            ("segment_ids", segment_ids),
+            ("answers", inputs.answers),
+        )
+        if values is not None
+    }
+    moved = jnp.take_along_axis(jnp.cumsum(kept, axis=1) - 1, target_positions, axis=1)
+    return inputs._replace(**taken), moved
+
+
+def _fusion_text(inputs: Inputs, embeddings: jax.Array) -> FusionText:
+    """What a method that fuses the text may read of it, and to which sample each image belongs."""
+    assert inputs.features is not None
+    per_row = inputs.features.selected.shape[0] // inputs.tokens.shape[0]
+    image = inputs.image_slots.astype(jnp.int32)
+    readable = (image == 0) & (inputs.segment_ids > 0)
+    if inputs.answers is not None:
+        readable &= ~inputs.answers
+    mine = image[:, :, None] == jnp.arange(1, per_row + 1)
+    image_segments = jnp.max(jnp.where(mine, inputs.segment_ids[:, :, None], 0), axis=1)
+    return FusionText(embeddings, readable, inputs.segment_ids, image_segments)

@@ -22,7 +22,7 @@ import optax
 from jax.sharding import Mesh
 
 from vlmscale.config import Cell, cell_id, from_dict, to_dict
-from vlmscale.data.pipeline import Batch, Rows, batches, in_order
+from vlmscale.data.pipeline import Batch, batches, in_order
 from vlmscale.data.tokenizer import load_tokenizer
 from vlmscale.errors import UserError
 from vlmscale.models.vlm import VLM
@@ -43,6 +43,7 @@ from vlmscale.weights import tree
 _FLUSH_EVERY = 25  # steps whose metrics are fetched from the device together
 _HELDOUT_BATCH = 200
 Progress = Callable[[int, int, float], None]
+Put = Callable[[Batch], dict[str, Any]]  # a host batch onto the devices, with what every batch shares
 
 
 class PreemptedError(Exception):
@@ -132,7 +133,7 @@ class Run:
     """The pieces of a running cell that the loop needs."""
 
     cell: Cell
-    mesh: Mesh
+    put: Put
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     heldout: Callable[[Any], float] | None
     metrics: Metrics
@@ -161,13 +162,19 @@ def train(cell: Cell, run: Path, prepared: Prepared, progress: Progress) -> None
     data = prepared.rows("train", cell)
     model = build_model(cell, prepared.tokenizer.get_vocab_size())
     optimizer = make_optimizer(cell.train)
-    state = _first_state(cell, model, optimizer, data, mesh, checkpoints, step)
-    train_step = jax.jit(make_train_step(model, optimizer), donate_argnums=0)
-    heldout = _make_heldout(cell, prepared, model, mesh)
+    constants = jax.device_put(prepared.constants(cell), replicated(mesh))
+
+    def put(batch: Batch) -> dict[str, Any]:
+        return put_batch(batch, mesh) | constants
+
+    example = put(next(in_order(data, cell.train.batch_size)))
+    state = _first_state(cell, model, optimizer, example, mesh, checkpoints, step)
+    train_step = jax.jit(make_train_step(model, optimizer, cell.train.seed), donate_argnums=0)
+    heldout = _make_heldout(cell, prepared, model, mesh, put)
     metrics = Metrics(run / "metrics.jsonl", step)
     try:
         with closing(checkpoints), closing(metrics), stop_on_signal() as signals:
-            pieces = Run(cell, mesh, train_step, heldout, metrics, checkpoints, signals, progress)
+            pieces = Run(cell, put, train_step, heldout, metrics, checkpoints, signals, progress)
             state = _loop(pieces, state, step, batches(data, cell.train.batch_size, cell.train.seed, step))
     except PreemptedError:
         status.update(state="preempted")
@@ -187,13 +194,12 @@ def _first_state(
     cell: Cell,
     model: VLM,
     optimizer: optax.GradientTransformation,
-    data: Rows,
+    batch: dict[str, jax.Array],
     mesh: Mesh,
     checkpoints: Checkpoints,
     step: int,
 ) -> TrainState:
-    """Restore step `step`, or initialise when it is 0, straight onto the mesh."""
-    batch = put_batch(next(in_order(data, cell.train.batch_size)), mesh)
+    """Restore step `step`, or initialise when it is 0, straight onto the mesh; `batch` gives shapes."""
     everywhere = replicated(mesh)
     if not step:
         init = jax.jit(lambda b: init_state(model, optimizer, b, cell.train.seed), out_shardings=everywhere)
@@ -211,21 +217,24 @@ def _loop(run: Run, state: TrainState, step: int, stream: Iterator[Batch]) -> Tr
     config = run.cell.train
     waiting: list[tuple[int, dict[str, jax.Array]]] = []
     while step < config.steps:
-        batch = put_batch(next(stream), run.mesh)
+        batch = run.put(next(stream))
         state, values = run.train_step(state, batch)
         step += 1
         last = step == config.steps
         with_heldout = step % config.heldout_every == 0 or last
         if step % config.log_every == 0 or with_heldout:
             waiting.append((step, values))
-        due = step % config.checkpoint_every == 0 or last or run.signals.received != 0
+        due = step % config.checkpoint_every == 0 or last
         if due or with_heldout or len(waiting) >= _FLUSH_EVERY:
             loss = _write_metrics(run, waiting, state, step, with_heldout)
             run.progress(step, config.steps, loss)
-        if due:
+        stopping = run.signals.received != 0  # read once: one that comes later stops the next step
+        if stopping:
+            _write_metrics(run, waiting, state, step, with_heldout)
+        if due or stopping:
             _check_finite(step, float(values["loss"]))  # also where this step is not logged
             run.checkpoints.save(step, state)
-        if run.signals.received and not last:
+        if stopping and not last:
             run.checkpoints.wait()
             raise PreemptedError(
                 f"stopped by signal {run.signals.received} at step {step}; saved, run again to go on"
@@ -259,7 +268,9 @@ def _check_finite(step: int, loss: float) -> None:
         raise FloatingPointError(f"the loss is {loss} at step {step}; lower train.learning_rate")
 
 
-def _make_heldout(cell: Cell, prepared: Prepared, model: VLM, mesh: Mesh) -> Callable[[Any], float] | None:
+def _make_heldout(
+    cell: Cell, prepared: Prepared, model: VLM, mesh: Mesh, put: Put
+) -> Callable[[Any], float] | None:
     """Mean loss per supervised token on the validation split; None where there is no such split."""
     if "validation" not in prepared.manifest["records"]:
         return None
@@ -268,7 +279,7 @@ def _make_heldout(cell: Cell, prepared: Prepared, model: VLM, mesh: Mesh) -> Cal
     sums = jax.jit(lambda params, batch: loss_sum(model, params, batch))
 
     def heldout(params: Any) -> float:
-        parts = [jax.device_get(sums(params, put_batch(batch, mesh))) for batch in in_order(rows, size)]
+        parts = [jax.device_get(sums(params, put(batch))) for batch in in_order(rows, size)]
         return float(sum(total for total, _ in parts) / max(sum(count for _, count in parts), 1))
 
     return heldout

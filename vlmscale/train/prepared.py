@@ -15,11 +15,12 @@ from typing import Any, BinaryIO
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from vlmscale.compressors import COMPRESSORS
+from vlmscale.compressors import COMPRESSORS, parse_options
+from vlmscale.compressors.features import blocks_read, tower_features
 from vlmscale.config import Cell, content_sha256, identity
 from vlmscale.data.conversation import Template, fit_context, training_row
 from vlmscale.data.images import preprocess
@@ -30,7 +31,6 @@ from vlmscale.data.splits import Split, Splits, load_splits, read_records, texts
 from vlmscale.data.tokenizer import load_tokenizer, train_tokenizer
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import TOWERS, TowerSize
-from vlmscale.models.vision import VisionTower, patches
 from vlmscale.records import write_json
 from vlmscale.sharding import make_mesh, place
 from vlmscale.weights import hf_config, tables, tree
@@ -38,6 +38,7 @@ from vlmscale.weights.checkpoint import WEIGHTS, open_checkpoint
 from vlmscale.weights.directory import abstract_tower
 from vlmscale.weights.load import Source, load_params
 
+TOWER = "tower.safetensors"  # of a data directory
 _BATCH = 256  # pictures that go through a tower together, at most
 _ACTIVATION_BYTES = 2**30  # what they may take on the way, about
 # Fields of a tower's row that config.json must agree with, and their names there.
@@ -79,20 +80,37 @@ class Prepared:
         return read_records(self.path / f"{split}.records.jsonl")
 
     def features(self, split: str, cell: Cell) -> dict[str, np.ndarray]:
-        """Tower outputs that the cell's compressor reads, memory-mapped: name to [images, P, C]."""
+        """Tower outputs that the cell's compressor reads, memory-mapped: images along the first axis.
+
+        By their names in `vlmscale.compressors.Features`.
+        """
         if not cell.compressor.visual_tokens:
             return {}
-        names = ["selected"]
-        if COMPRESSORS[cell.compressor.name].needs_levels:
-            names.append("levels")
+        names = ["selected", *sorted(needs_of(cell) - {"tower"})]
         return {name: np.load(self.path / f"{split}.{name}.npy", mmap_mode="r") for name in names}
+
+    def constants(self, cell: Cell) -> dict[str, Any]:
+        """What the cell's compressor reads of the tower beside its outputs, by names of `Features`."""
+        if "tower" not in needs_of(cell):
+            return {}
+        params = tree.load(self.path / TOWER)
+        blocks = (f"block_{index}" for index in range(TOWERS[cell.tower.name].select_layer))
+        return {"tower": {block: params[block] for block in blocks}}
 
     def rows(self, split: str, cell: Cell) -> Rows:
         """Training rows of a split for one cell."""
         records, image_of = self.records(split)
         template = self.template
         rows = [training_row(record, template, cell.compressor.visual_tokens) for record in records]
-        return Rows(rows, image_of, self.features(split, cell), template.pad)
+        method = COMPRESSORS[cell.compressor.name]
+        return Rows(
+            rows,
+            image_of,
+            self.features(split, cell),
+            template.pad,
+            queries=cell.compressor.visual_tokens > 0 and method.text == "query",
+            spare=method.trains_all,
+        )
 
 
 def tower_path(cell: Cell) -> Path:
@@ -102,38 +120,61 @@ def tower_path(cell: Cell) -> Path:
     return Path(str(resources.files("vlmscale") / "assets" / f"{cell.tower.name}.safetensors"))
 
 
-def load_tower(path: Path, name: str, with_levels: bool = False) -> dict[str, Any]:
+def needs_of(cell: Cell) -> frozenset[str]:
+    """The fields of `Features` beside `selected` that the cell's compressor reads; none of a blind model."""
+    compressor = cell.compressor
+    if not compressor.visual_tokens:
+        return frozenset()
+    options = parse_options(compressor.name, compressor.options)
+    return COMPRESSORS[compressor.name].needs(TOWERS[cell.tower.name], options)
+
+
+def load_tower(path: Path, name: str, needs: frozenset[str] = frozenset()) -> dict[str, Any]:
     """Read and check the weights of a named tower.
 
     Args:
-      path: a safetensors file of ours, which is read whole but may lack the last blocks where they are not
-        needed; or a directory in Hugging Face layout, of which only the blocks that are needed are read.
+      path: a safetensors file of ours, which is read with all its blocks but may lack the last ones where
+        they are not needed; or a directory in Hugging Face layout, of which only the blocks that are needed
+        are read.
       name: of a row of the size table.
-      with_levels: whether the levels of multi-level compressors are needed too.
+      needs: fields of `Features` that will be made with them.
+
+    Returns:
+      The parameters; those of the pooling head, under "head", only for `probe_attention`, as far as it reads
+      them.
 
     Raises:
-      UserError: unreadable, not the parameters of that tower, or without a block that is needed.
+      UserError: unreadable, not the parameters of that tower, or without a block or the pooling head that is
+        needed.
     """
-    size = TOWERS[name]
-    needed = _last_layer(size, with_levels)
+    size, probe = TOWERS[name], "probe_attention" in needs
+    needed = blocks_read(size, needs)
     if path.is_dir():
-        return _read_directory(path, name, needed)
+        return _read_directory(path, name, needed, probe)
     if path.name == WEIGHTS and (path.parent / "config.json").is_file():
         raise UserError(f"{path}: is one file of a directory in Hugging Face layout; name {path.parent}")
     params = tree.load(path)
     blocks = sum(part.startswith("block_") for part in params)
     layer = min(max(blocks, needed), size.num_layers)
-    tree.check_shapes(path, params, nn.meta.unbox(abstract_tower(size, (layer,))))
+    abstract = nn.meta.unbox(abstract_tower(size, (layer,), probe=probe))
+    head = params.pop("head", None)
+    if probe:
+        if head is None:
+            raise _no_head(path)
+        read, whole = flatten_dict(abstract["head"]), flatten_dict(head)
+        params["head"] = unflatten_dict({part: whole[part] for part in read if part in whole})
+    tree.check_shapes(path, params, abstract)
     return params
 
 
-def _last_layer(size: TowerSize, with_levels: bool) -> int:
-    """The last hidden state that is read, which is also the number of blocks that must run."""
-    return max(size.select_layer, *size.levels) if with_levels else size.select_layer
+def _no_head(path: Path) -> UserError:
+    return UserError(
+        f"{path}: has no pooling head, and so no attention of its probe; set compressor.options=score=mean"
+    )
 
 
-def _read_directory(directory: Path, name: str, layer: int) -> dict[str, Any]:
-    """The parameters of a directory's tower up to a hidden state, on one device.
+def _read_directory(directory: Path, name: str, layer: int, probe: bool) -> dict[str, Any]:
+    """The parameters of a directory's tower up to a hidden state, and of its probe if asked, on one device.
 
     Raises:
       UserError: as `load_tower`.
@@ -142,7 +183,7 @@ def _read_directory(directory: Path, name: str, layer: int) -> dict[str, Any]:
     kind = hf_config.kind_of(config, where)
     if kind == "decoder":
         raise UserError(f"{directory}: holds a language model alone; a CLIP, SigLIP or LLaVA has a tower")
-    boxed = abstract_tower(TOWERS[name], (layer,))
+    boxed = abstract_tower(TOWERS[name], (layer,), probe=probe)
     if kind == "llava":
         # Nothing but the tower is looked at: the language model may be one that is not built here.
         theirs = hf_config.llava_config(
@@ -158,6 +199,8 @@ def _read_directory(directory: Path, name: str, layer: int) -> dict[str, Any]:
     _check_processor(directory, name)
     places = place(boxed, make_mesh(devices=jax.local_devices()[:1]))
     with open_checkpoint(directory) as checkpoint:
+        if probe and not any(table.canonical(name).endswith("head.probe") for name in checkpoint.tensors):
+            raise _no_head(directory)
         params, _ = load_params(places, [Source(checkpoint, table)])
     return params["tower"] if kind == "llava" else params
 
@@ -208,28 +251,16 @@ def _check_processor(directory: Path, name: str) -> None:
             )
 
 
-def encode_images(
-    name: str, params: dict[str, Any], pixels: jax.Array, with_levels: bool
-) -> dict[str, jax.Array]:
-    """Tower outputs of a batch of pixels [B, S, S, 3]: "selected" and, if asked, "levels"; patches only."""
-    size = TOWERS[name]
-    wanted = {size.select_layer} | (set(size.levels) if with_levels else set())
-    outputs = VisionTower(size).apply({"params": params}, pixels, tuple(sorted(wanted)))
-    hidden = {layer: patches(values, size) for layer, values in outputs.hidden.items()}
-    out = {"selected": hidden[size.select_layer]}
-    if with_levels:
-        out["levels"] = jnp.concatenate([hidden[level] for level in size.levels], axis=-1)
-    return out
-
-
-def batch_size(size: TowerSize, with_levels: bool) -> int:
+def batch_size(size: TowerSize, needs: frozenset[str]) -> int:
     """How many pictures go through a tower together: few enough that its activations take about 1 GiB."""
     tokens = size.num_patches + size.class_tokens
     scores = 2 * size.num_heads * tokens**2  # before and after the softmax
     streams = tokens * (2 * size.mlp_width + 8 * size.width)
-    outputs = tokens * size.width * (1 + (2 * len(size.levels) if with_levels else 0))
+    states = 1
+    for field, count in (("levels", len(size.levels)), ("stack", size.select_layer), ("keys", 1)):
+        states += 2 * count * (field in needs)  # where it is made, and copied into the output
     pixels = 2 * 3 * size.image_size**2
-    numbers = scores + streams + outputs + pixels
+    numbers = scores + streams + tokens * size.width * states + pixels
     return max(1, min(_BATCH, _ACTIVATION_BYTES // (4 * numbers)))
 
 
@@ -254,18 +285,16 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
     first = cells[0]
     if any((cell.data, cell.tower) != (first.data, first.tower) for cell in cells):
         raise UserError("the cells of a sweep must share `data` and `tower`")
-    with_levels = any(
-        c.compressor.visual_tokens and COMPRESSORS[c.compressor.name].needs_levels for c in cells
-    )
+    needs = frozenset().union(*map(needs_of, cells))
     weights = tower_path(first)
-    key = _key(first, weights, with_levels)
+    key = _key(first, weights, needs)
     manifest_path = out / "manifest.json"
     if manifest_path.exists():
         manifest = json.loads(manifest_path.read_text())
         if manifest["key"] != key:
             raise UserError(f"{out}: holds other data than this config asks for; choose another --out")
         return Prepared(out, manifest, load_tokenizer(out / "tokenizer.json"))
-    params = _needed_params(weights, first.tower.name, with_levels)  # before anything that takes long
+    params = _needed_params(weights, first.tower.name, needs)  # before anything that takes long
     out.mkdir(parents=True, exist_ok=True)
     splits = load_splits(first.data, TOWERS[first.tower.name].image_size)
     named = {"train": splits.train, "validation": splits.validation, "test": splits.test}
@@ -281,11 +310,11 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
             source = first.data.records or f"scenes, {name}"
             raise UserError(f"{source}: no usable record is left ({reasons})")
     # A copy, so that a run stays whole when its source goes away.
-    tree.save(out / "tower.safetensors", params, {"name": first.tower.name})
+    tree.save(out / TOWER, params, {"name": first.tower.name})
     digest, params = tree.sha256(params), jax.device_put(params)  # in this order: no second copy on the host
     # The parameters are an argument: as constants they would be copied into the program.
-    encode = jax.jit(partial(encode_images, first.tower.name, with_levels=with_levels))
-    together = batch_size(TOWERS[first.tower.name], with_levels)
+    encode = jax.jit(partial(tower_features, TOWERS[first.tower.name], needs=needs))
+    together = batch_size(TOWERS[first.tower.name], needs)
     for name, split in parts.items():
         write_records(out / f"{name}.records.jsonl", split)
         _write_features(out, name, split, first, partial(encode, params), together, progress)
@@ -304,17 +333,17 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
     return Prepared(out, manifest, tokenizer)
 
 
-def _needed_params(weights: Path, name: str, with_levels: bool) -> dict[str, Any]:
+def _needed_params(weights: Path, name: str, needs: frozenset[str]) -> dict[str, Any]:
     """The tower's parameters without blocks that no output needs."""
-    params = load_tower(weights, name, with_levels)
-    last = _last_layer(TOWERS[name], with_levels)
-    spare = {f"block_{index}" for index in range(last, TOWERS[name].num_layers)}
+    params = load_tower(weights, name, needs)
+    read = blocks_read(TOWERS[name], needs)
+    spare = {f"block_{index}" for index in range(read, TOWERS[name].num_layers)}
     return {part: values for part, values in params.items() if part not in spare}
 
 
-def _key(cell: Cell, weights: Path, with_levels: bool) -> str:
+def _key(cell: Cell, weights: Path, needs: frozenset[str]) -> str:
     """Hash of all that the directory's content depends on."""
-    parts = identity(cell.data) | {"levels": with_levels, "tower": cell.tower.name}
+    parts = identity(cell.data) | {"needs": sorted(needs), "tower": cell.tower.name}
     parts["weights"] = content_sha256("tower.checkpoint", weights, directory=True)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 

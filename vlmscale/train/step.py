@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 
 from vlmscale import layers
-from vlmscale.compressors import Features
+from vlmscale.compressors import COMPRESSORS, Features, parse_options
 from vlmscale.config import Cell, TrainConfig
-from vlmscale.models.sizes import SIZES
-from vlmscale.models.vlm import VLM
+from vlmscale.models.sizes import SIZES, TOWERS
+from vlmscale.models.vlm import VLM, Inputs, narrow
 
 Params = dict[str, Any]
 Arrays = dict[str, jax.Array]
@@ -27,28 +27,55 @@ class TrainState(NamedTuple):
     opt_state: Any
 
 
-def build_model(cell: Cell, vocab_size: int, layout: str = "scan") -> VLM:
-    """The model of a cell, behind the tower; `layout` is the decoder's."""
+def build_model(cell: Cell, vocab_size: int, layout: str = "scan", visual_tokens: int | None = None) -> VLM:
+    """The model of a cell, behind the tower.
+
+    Args:
+      cell: the config.
+      vocab_size: rows of the embedding table.
+      layout: the decoder's.
+      visual_tokens: tokens of an image, for a nested compressor fewer than it was made for; None for all.
+    """
     compressor = cell.compressor
-    return VLM(SIZES[cell.llm.name], vocab_size, compressor.name, compressor.visual_tokens, layout=layout)
+    return VLM(
+        SIZES[cell.llm.name],
+        vocab_size,
+        compressor.name,
+        compressor.visual_tokens if visual_tokens is None else visual_tokens,
+        layout=layout,
+        options=tuple(parse_options(compressor.name, compressor.options).items()),
+        tower_size=TOWERS[cell.tower.name],
+        largest=compressor.visual_tokens,
+    )
 
 
 def features_of(batch: Arrays) -> Features | None:
     """Tower outputs in a batch; None for a blind model."""
     if "selected" not in batch:
         return None
-    return Features(batch["selected"], batch.get("levels"))
+    given: dict[str, Any] = {name: batch[name] for name in Features._fields if name in batch}
+    return Features(**given)
 
 
-def model_inputs(batch: Arrays) -> tuple[Any, ...]:
-    """The batch as positional arguments of `VLM.__call__`."""
-    names = ("tokens", "image_slots", "positions", "segment_ids")
-    return (*(batch[name] for name in names), features_of(batch), batch["target_positions"])
+def model_inputs(batch: Arrays) -> Inputs:
+    """The batch as the model reads it; it may lack what belongs to no prompt, or what the method ignores."""
+    given: dict[str, Any] = {name: batch[name] for name in Inputs._fields if name in batch}
+    return Inputs(**given | {"features": features_of(batch), "answers": _answers(batch)})
+
+
+def _answers(batch: Arrays) -> jax.Array | None:
+    """Which tokens are to be said: each stands behind the position that predicts it."""
+    if "target_mask" not in batch:
+        return None
+    rows = jnp.arange(batch["tokens"].shape[0])[:, None]
+    none = jnp.zeros(batch["tokens"].shape, bool)
+    # A target that is padding has position 0, and its mask says no.
+    return none.at[rows, batch["target_positions"] + 1].max(batch["target_mask"])
 
 
 def init_params(model: VLM, batch: Arrays, seed: int) -> Params:
     """Fresh parameters; `batch` gives shapes only."""
-    return layers.init_params(model, jax.random.key(seed), *model_inputs(batch))
+    return layers.init_params(model, jax.random.key(seed), model_inputs(batch), batch["target_positions"])
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -80,24 +107,50 @@ def init_state(model: VLM, optimizer: optax.GradientTransformation, batch: Array
     return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 
-def loss_sum(model: VLM, params: Params, batch: Arrays) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy summed over supervised positions, and how many there are; float32."""
-    logits = model.apply({"params": params}, *model_inputs(batch))
+def loss_sum(
+    model: VLM, params: Params, batch: Arrays, step: jax.Array | None = None, seed: int = 0
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy summed over supervised positions, and how many there are; float32.
+
+    A nested compressor that trains all of its counts gives the mean of their sums (M3, arXiv 2405.17430), one
+    that trains a drawn count the sum at that of `step`, or at all tokens where `step` is None (MQT, arXiv
+    2405.19315, draws from its second stage on).
+    """
+    inputs, places = model_inputs(batch), batch["target_positions"]
+    method = COMPRESSORS[model.compressor_name]
+    if inputs.features is None or method.nested is None:
+        return _sum(model, params, inputs, places, batch), jnp.sum(batch["target_mask"])
+    largest, counts = model.visual_tokens, method.nested(model.visual_tokens)
+    if method.trains_all:
+        total = jnp.float32(0)
+        for count in counts:
+            shorter, moved = narrow(inputs, places, largest, count)
+            total += _sum(model.clone(visual_tokens=count, largest=largest), params, shorter, moved, batch)
+        return total / len(counts), jnp.sum(batch["target_mask"])
+    if step is not None:
+        drawn = jax.random.randint(jax.random.fold_in(jax.random.key(seed), step), (), 0, len(counts))
+        inputs = inputs._replace(visual_count=jnp.asarray(counts, jnp.int32)[drawn])
+    return _sum(model, params, inputs, places, batch), jnp.sum(batch["target_mask"])
+
+
+def _sum(model: VLM, params: Params, inputs: Inputs, places: jax.Array, batch: Arrays) -> jax.Array:
+    logits = model.apply({"params": params}, inputs, places)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target_ids"])
-    return jnp.sum(losses * batch["target_mask"]), jnp.sum(batch["target_mask"])
+    return jnp.sum(losses * batch["target_mask"])
 
 
 def make_train_step(
-    model: VLM, optimizer: optax.GradientTransformation
+    model: VLM, optimizer: optax.GradientTransformation, seed: int = 0
 ) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
     """The step `(state, batch) -> (state, metrics)`; the loss is the mean over all supervised tokens.
 
-    A batch without a supervised token gives loss 0 and zero gradients, never a NaN.
+    A batch without a supervised token gives loss 0 and zero gradients, never a NaN. What a step draws at
+    random depends on `seed` and the number of the step alone.
     """
 
     def train_step(state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
         def mean_loss(params: Params) -> tuple[jax.Array, jax.Array]:
-            total, count = loss_sum(model, params, batch)
+            total, count = loss_sum(model, params, batch, state.step, seed)
             return total / jnp.maximum(count, 1), count
 
         (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)

@@ -16,7 +16,7 @@ from vlmscale.compressors import COMPRESSORS, Features
 from vlmscale.layers import abstract_params
 from vlmscale.models.decoder import Decoder
 from vlmscale.models.sizes import DecoderSize, TowerSize
-from vlmscale.models.vision import VisionTower
+from vlmscale.models.vision import AttentionPool, VisionTower
 from vlmscale.sharding import place
 from vlmscale.weights import hf_config, tables
 from vlmscale.weights.checkpoint import Checkpoint, open_checkpoint
@@ -147,10 +147,17 @@ def abstract_decoder(size: DecoderSize, vocab_size: int, layout: str) -> dict[st
     return abstract_params(Decoder(size, vocab_size, layout=layout), states, ids, ids)
 
 
-def abstract_tower(size: TowerSize, layers: tuple[int, ...]) -> dict[str, Any]:
-    """Shapes and axes of a tower's parameters, up to the last of these hidden states."""
+def abstract_tower(size: TowerSize, layers: tuple[int, ...], *, probe: bool = False) -> dict[str, Any]:
+    """Shapes and axes of a tower's parameters, up to the last of these hidden states.
+
+    With `probe` also, under "head", of what the attention of SigLIP's pooling probe reads.
+    """
     pixels = jax.ShapeDtypeStruct((1, size.image_size, size.image_size, 3), jnp.float32)
-    return abstract_params(VisionTower(size), pixels, layers=layers)
+    boxed = abstract_params(VisionTower(size), pixels, layers=layers)
+    if probe:
+        hidden = jax.ShapeDtypeStruct((1, size.num_patches, size.width), jnp.float32)
+        boxed["head"] = abstract_params(AttentionPool(size), hidden, method="probe_attention")
+    return boxed
 
 
 def abstract_compressor(llava: hf_config.LlavaConfig) -> dict[str, Any]:

@@ -59,12 +59,16 @@ class _Plan:
     def read(self, index: Index, dtype: np.dtype) -> np.ndarray:
         """Our part at `index` (slices with bounds), in C order; a stack holds one layer twice, not all."""
         form = FORMS[self.row.form]
+
+        def part(name: str, index: Index) -> np.ndarray:
+            taken = form.take(index, self.checkpoint.tensors[name].shape)
+            return form.ours(self.checkpoint.read(name, taken), index)
+
         if not self.stacked:
-            part = form.ours(self.checkpoint.read(self.names[0], form.take(index)), index)
-            return np.ascontiguousarray(part, dtype)
+            return np.ascontiguousarray(part(self.names[0], index), dtype)
         out = np.empty([cut.stop - cut.start for cut in index], dtype)
         for number, name in enumerate(self.names[index[0]]):
-            out[number] = form.ours(self.checkpoint.read(name, form.take(index[1:])), index[1:])
+            out[number] = part(name, index[1:])
         return out
 
 

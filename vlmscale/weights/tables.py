@@ -13,17 +13,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 Index = tuple[slice, ...]
+Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Form:
     """How a tensor is laid out in a checkpoint.
 
-    `take(index)` is the part of their tensor that holds our part; `ours` turns that part into ours, given
-    the index of our part; `theirs` turns a whole parameter of ours into their tensor.
+    `take(index, shape)` is the part of their tensor, which has that shape, that holds our part; `ours` turns
+    that part into ours, given the index of our part; `theirs` turns a whole parameter of ours into their
+    tensor, with zeros where a tensor holds other parameters too.
     """
 
-    take: Callable[[Index], Index]
+    take: Callable[[Index, Shape], Index]
     ours: Callable[[np.ndarray, Index], np.ndarray]
     theirs: Callable[[np.ndarray], np.ndarray]
 
@@ -33,16 +35,34 @@ def _patches_theirs(kernel: np.ndarray) -> np.ndarray:
     return kernel.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
 
+def _packed(third: int) -> Form:
+    """One of the three projections that torch's `MultiheadAttention` stacks, kernel or bias."""
+
+    def take(index: Index, shape: Shape) -> Index:
+        start = shape[0] // 3 * third
+        out = slice(start + index[-1].start, start + index[-1].stop)
+        return (out, *index[:-1])
+
+    def theirs(whole: np.ndarray) -> np.ndarray:
+        parts = [np.zeros_like(whole.T)] * 3
+        parts[third] = whole.T
+        return np.concatenate(parts)
+
+    return Form(take, lambda part, index: part.T, theirs)
+
+
 FORMS: dict[str, Form] = {
-    "same": Form(lambda index: index, lambda part, index: part, lambda whole: whole),
+    "same": Form(lambda index, shape: index, lambda part, index: part, lambda whole: whole),
     # torch's Linear is [out, in], flax's Dense [in, out].
-    "transpose": Form(lambda index: index[::-1], lambda part, index: part.T, lambda whole: whole.T),
+    "transpose": Form(lambda index, shape: index[::-1], lambda part, index: part.T, lambda whole: whole.T),
     # A patch convolution [C, 3, p, p] is a Dense over (row, column, channel).
     "patches": Form(
-        lambda index: (index[1],),
+        lambda index, shape: (index[1],),
         lambda part, index: part.transpose(2, 3, 1, 0).reshape(-1, part.shape[0])[index[0]],
         _patches_theirs,
     ),
+    "packed_q": _packed(0),
+    "packed_k": _packed(1),
 }
 
 
@@ -168,6 +188,20 @@ def _tower(style_rows: tuple[Row, ...]) -> tuple[Row, ...]:
     return tuple(rows)
 
 
+def _probe() -> tuple[Row, ...]:
+    """What the attention of SigLIP's pooling probe reads; the rest of that head no output needs."""
+    rows = [
+        Row("head/final_norm/scale", "post_layernorm.weight", spare=True),
+        Row("head/final_norm/bias", "post_layernorm.bias", spare=True),
+        Row("head/probe", "head.probe", spare=True),
+    ]
+    for name in ("q", "k"):
+        for ours, theirs in (("kernel", "weight"), ("bias", "bias")):
+            packed = f"head.attention.in_proj_{theirs}"
+            rows.append(Row(f"head/attention/{name}/{ours}", packed, f"packed_{name}", spare=True))
+    return tuple(rows)
+
+
 # Old files hold the rotary frequencies and the position numbers, which are computed.
 _BUFFERS = (r"rotary_emb\.inv_freq$", r"embeddings\.position_ids$")
 # The other half of a two-tower checkpoint, and what follows the last hidden state.
@@ -184,7 +218,7 @@ _TOWER_SPELLING = ((r"^vision_model\.", ""),)
 
 DECODER = Table(_decoder(), ignored=_BUFFERS)  # Llama, Qwen2 and Qwen3 name their tensors alike
 SIGLIP = Table(
-    _tower((Row("patch_embedding/bias", "embeddings.patch_embedding.bias"),)),
+    _tower((Row("patch_embedding/bias", "embeddings.patch_embedding.bias"),)) + _probe(),
     _TOWER_SPELLING,
     _BUFFERS + _BESIDE_TOWER,
 )

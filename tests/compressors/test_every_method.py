@@ -1,0 +1,202 @@
+"""What holds for every method of the table, with every choice it offers, inside the whole model.
+
+A method that is added is tested here without being named.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vlmscale.compressors import COMPRESSORS, check_count
+from vlmscale.compressors.features import tower_features
+from vlmscale.cost.count import count_flops
+from vlmscale.errors import UserError
+from vlmscale.layers import abstract_params
+from vlmscale.models.sizes import DecoderSize, TowerSize
+from vlmscale.models.vision import VisionTower
+from vlmscale.models.vlm import VLM
+from vlmscale.sharding import make_mesh, place, put_batch, replicated
+from vlmscale.train.step import loss_sum, model_inputs
+from vlmscale.weights import tree
+
+TOWER = TowerSize(24, 6, 16, 3, 2, 24, select_layer=2, levels=(1, 2), style="clip", norm_eps=1e-5)
+SIZE = DecoderSize(width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24)
+ROWS, LENGTH, TARGETS, QUERY, VOCAB = 8, 14, 3, 5, 23
+Batch = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """A method with its choices and a number of visual tokens that it gives on the test's tower."""
+
+    name: str
+    options: tuple[tuple[str, str], ...]
+    visual_tokens: int
+
+
+def cases() -> Iterator[Any]:
+    """Every method as it is, and with each other value of each option; of scores, which are inputs, one."""
+    for name, method in COMPRESSORS.items():
+        counts = method.counts(TOWER.grid)
+        nearest = min(counts, key=lambda count: abs(count - 4))
+        chosen: list[tuple[tuple[str, str], ...]] = [()]
+        for option, values in method.options.items():
+            others = ("mean",) if option == "score" else values[1:]
+            chosen += [((option, value),) for value in others]
+        for options in chosen:
+            said = "-".join(value for _, value in options)
+            yield pytest.param(Case(name, options, nearest), id=f"{name}-{said}" if said else name)
+
+
+every_method = pytest.mark.parametrize("case", list(cases()))
+
+
+@functools.cache
+def tower_params() -> Any:
+    rng = np.random.default_rng(1)
+    pixels = jax.ShapeDtypeStruct((1, 24, 24, 3), np.float32)
+    shapes = abstract_params(VisionTower(TOWER), pixels, layers=(TOWER.num_layers,))
+    return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
+
+
+@functools.cache
+def tower_outputs(needs: frozenset[str]) -> Batch:
+    pixels = np.random.default_rng(2).standard_normal((ROWS, 24, 24, 3)).astype(np.float32)
+    run = jax.jit(tower_features, static_argnums=(0, 3))
+    return {name: np.asarray(x) for name, x in run(TOWER, tower_params(), pixels, needs - {"tower"}).items()}
+
+
+def make_batch(case: Case) -> Batch:
+    """Rows of different lengths with an image each but the last, whose text a fused method reads alone."""
+    rng = np.random.default_rng(0)
+    slots = np.zeros((ROWS, LENGTH + case.visual_tokens), bool)
+    slots[:-1, 1 : 1 + case.visual_tokens] = True
+    length = slots.shape[1]
+    lengths = rng.integers(length - 4, length + 1, ROWS)
+    places = np.stack(
+        [rng.choice(np.arange(case.visual_tokens + 4, length - 5), TARGETS, False) for _ in range(ROWS)]
+    )
+    needs = COMPRESSORS[case.name].needs(TOWER, dict(case.options))
+    batch: Batch = {
+        "tokens": rng.integers(0, VOCAB, (ROWS, length)).astype(np.int32),
+        "image_slots": slots,
+        "positions": np.tile(np.arange(length, dtype=np.int32), (ROWS, 1)),
+        "segment_ids": (np.arange(length) < lengths[:, None]).astype(np.int32),
+        "target_positions": places.astype(np.int32),
+        "target_ids": rng.integers(0, VOCAB, (ROWS, TARGETS)).astype(np.int32),
+        "target_mask": np.ones((ROWS, TARGETS), bool),
+        "query_tokens": rng.integers(0, VOCAB, (ROWS, QUERY)).astype(np.int32),
+        "query_length": rng.integers(1, QUERY + 1, ROWS).astype(np.int32),
+    }
+    batch |= tower_outputs(needs)
+    return batch | ({"tower": tower_params()} if "tower" in needs else {})
+
+
+def pack(batch: Batch) -> Batch:
+    """Two samples a row: segments 1 and 2, their images 2 * row and 2 * row + 1."""
+    length = batch["tokens"].shape[1]
+    pairs = {name: values.reshape(ROWS // 2, -1) for name, values in batch.items() if name in _BY_TOKEN}
+    second = np.arange(2 * length) >= length
+    pairs["image_slots"] = pairs["image_slots"] * np.where(second, 2, 1)
+    pairs["segment_ids"] = pairs["segment_ids"] * np.where(second, 2, 1)
+    pairs["target_positions"] = pairs["target_positions"] + np.repeat([0, length], TARGETS)
+    return batch | pairs
+
+
+_BY_TOKEN = (
+    *("tokens", "image_slots", "positions", "segment_ids"),
+    *("target_positions", "target_ids", "target_mask"),
+)
+
+
+def build(case: Case, **options: Any) -> VLM:
+    return VLM(SIZE, VOCAB, case.name, case.visual_tokens, options=case.options, tower_size=TOWER, **options)
+
+
+@pytest.fixture(scope="module")
+def params_of(random_params: Callable[..., Any]) -> Callable[[Case], Any]:
+    @functools.cache
+    def make(case: Case) -> Any:
+        batch = make_batch(case)
+        return random_params(build(case), model_inputs(batch), batch["target_positions"])["params"]
+
+    return make
+
+
+def logits(model: VLM, params: Any, batch: Batch) -> jax.Array:
+    return model.apply({"params": params}, model_inputs(batch), batch["target_positions"])
+
+
+@every_method
+def test_packed_and_sharded_and_eager_are_the_same(case: Case, params_of: Callable[[Case], Any]) -> None:
+    model, params, batch = build(case), params_of(case), make_batch(case)
+    run = jax.jit(logits, static_argnums=0)
+    wanted = np.asarray(run(model, params, batch))
+    assert np.isfinite(wanted).all()
+    assert wanted.std() > 0.1
+    np.testing.assert_allclose(logits(model, params, batch), wanted, atol=2e-5)
+    packed = run(model, params, pack(batch))
+    np.testing.assert_allclose(packed.reshape(wanted.shape), wanted, atol=2e-5)
+    mesh = make_mesh(2, 2, 2)
+    boxed = abstract_params(model, model_inputs(batch), batch["target_positions"])
+    spread = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, place(boxed, mesh))
+    shared = {name: jax.device_put(batch[name], replicated(mesh)) for name in ("tower",) if name in batch}
+    rows = put_batch({name: x for name, x in batch.items() if name not in shared}, mesh)
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(run(model, spread, rows | shared), wanted, atol=2e-5)
+
+
+@every_method
+def test_bfloat16_is_close(case: Case, params_of: Callable[[Case], Any]) -> None:
+    params, batch = params_of(case), make_batch(case)
+    run = jax.jit(logits, static_argnums=0)
+    exact, rough = (np.asarray(run(build(case, dtype=d), params, batch)) for d in (jnp.float32, jnp.bfloat16))
+    assert rough.dtype == np.float32
+    assert np.abs(rough - exact).max() < 0.15 * exact.std() + 0.02 * np.abs(exact).max()
+
+
+@every_method
+def test_gradient_reaches_every_trained_parameter_and_no_frozen_one(
+    case: Case, params_of: Callable[[Case], Any]
+) -> None:
+    model, params, batch = build(case), params_of(case), make_batch(case)
+    floats = {name: batch[name] for name in ("selected", "stack", "tower") if name in batch}
+
+    def loss(params: Any, floats: Batch) -> jax.Array:
+        return loss_sum(model, params, batch | floats)[0]
+
+    grads, into_tower = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, floats)
+    still = {path for path, leaf in tree.flatten(grads).items() if not np.abs(leaf).max() > 1e-7}
+    # A constant added to all keys of a softmax changes nothing: their bias, and that of their norm.
+    blind = {path for path in still if path.endswith(("k/bias", "k_norm/bias"))}
+    assert not still - blind
+    if "tower" in floats:
+        assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(into_tower["tower"]))
+
+
+@every_method
+def test_its_flops_can_be_counted(case: Case, params_of: Callable[[Case], Any]) -> None:
+    model, batch = build(case), make_batch(case)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params_of(case), batch))
+    blind = {name: x for name, x in shapes[1].items() if name not in tower_outputs.__wrapped__(frozenset())}
+    with_image = count_flops(functools.partial(logits, model), *shapes)
+    assert with_image > count_flops(functools.partial(logits, model), shapes[0], blind)
+
+
+@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("side", [4, 27])
+def test_a_count_that_a_method_cannot_give_is_refused_with_those_that_work(name: str, side: int) -> None:
+    counts = COMPRESSORS[name].counts(side)
+    assert list(counts) == sorted(set(counts))
+    assert counts[0] >= 1
+    for count in (counts[0], counts[-1]):
+        check_count(name, count, side)
+    wrong = next(count for count in range(2, side * side + 3) if count not in counts)
+    with pytest.raises(UserError, match=f"visual_tokens={wrong}: {name} on a {side}x{side} .*{counts[-1]}"):
+        check_count(name, wrong, side)

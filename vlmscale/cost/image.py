@@ -1,0 +1,123 @@
+"""What an image costs before the LLM, and what a training sample costs with it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from vlmscale.compressors import COMPRESSORS, make_compressor, parse_options
+from vlmscale.compressors.features import abstract_features, abstract_tower_params, tower_features
+from vlmscale.compressors.llava_mini import FusionText
+from vlmscale.config import Cell
+from vlmscale.cost import flops
+from vlmscale.cost.count import count_flops
+from vlmscale.layers import abstract_params
+from vlmscale.models.sizes import SIZES, TOWERS, TowerSize
+
+
+class ImageFlops(NamedTuple):
+    """Forward FLOPs of one image."""
+
+    tower: int
+    compressor: int
+    query_pass: int  # of the LLM over the question, where the compressor reads it
+
+
+def image_flops(cell: Cell, visual_tokens: int, text_tokens: int, query_tokens: float) -> ImageFlops:
+    """What one image costs before the LLM's own pass.
+
+    Args:
+      cell: the config.
+      visual_tokens: tokens it gives; 0 for a blind model.
+      text_tokens: of the prompt, which a compressor that fuses the text runs over.
+      query_tokens: of the question, which QueCC runs the LLM over.
+    """
+    if not visual_tokens:
+        return ImageFlops(0, 0, 0)
+    name, text = cell.compressor.name, cell.compressor.options
+    method = COMPRESSORS[name]
+    needs = method.needs(TOWERS[cell.tower.name], parse_options(name, text))
+    largest = cell.compressor.visual_tokens
+    compressor = _compressor(name, text, visual_tokens, largest, cell.tower.name, cell.llm.name, text_tokens)
+    query = flops.decoder_flops(SIZES[cell.llm.name], query_tokens, 0) if method.text == "query" else 0
+    return ImageFlops(tower_flops(TOWERS[cell.tower.name], needs), compressor, round(query))
+
+
+def sample_flops(
+    cell: Cell, vocab_size: int, text: float, targets: float, query: float, with_image: float
+) -> float:
+    """FLOPs of an average training sample.
+
+    Forward, and twice that backward, for LLM and compressor; the tower is frozen and computed once in
+    advance, and no gradient flows through the pass over the question. A method that trains many counts runs
+    the LLM for each of them in every step, or for the one drawn.
+
+    Args:
+      cell: the config.
+      vocab_size: rows of the head.
+      text: mean tokens of text.
+      targets: mean supervised tokens.
+      query: mean tokens of the question.
+      with_image: share of samples with an image.
+    """
+    size, largest = SIZES[cell.llm.name], cell.compressor.visual_tokens
+    method = COMPRESSORS[cell.compressor.name]
+    counts = method.nested(largest) if largest and method.nested is not None else (largest,)
+    passes = [
+        flops.decoder_flops(size, text + with_image * count, 0) + flops.head_flops(size, vocab_size, targets)
+        for count in counts
+    ]
+    decoder = sum(passes) / (1 if method.trains_all else len(passes))
+    image = image_flops(cell, largest, round(text), query)
+    return 3 * (decoder + with_image * image.compressor) + with_image * image.query_pass
+
+
+@lru_cache(maxsize=64)
+def tower_flops(size: TowerSize, needs: frozenset[str] = frozenset()) -> int:
+    """Forward FLOPs of the tower for one image: what `tower_features` runs for these needs."""
+    pixels = jax.ShapeDtypeStruct((1, size.image_size, size.image_size, 3), np.float32)
+
+    def run(params: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
+        return tower_features(size, params, pixels, needs)
+
+    return count_flops(run, abstract_tower_params(size), pixels)
+
+
+@lru_cache(maxsize=256)
+def _compressor(
+    name: str, options: str, visual_tokens: int, largest: int, tower: str, llm: str, text_tokens: int
+) -> int:
+    """FLOPs of the module for one image, from its jaxpr."""
+    chosen, size, decoder = parse_options(name, options), TOWERS[tower], SIZES[llm]
+    module = make_compressor(
+        name,
+        visual_tokens,
+        decoder.width,
+        chosen,
+        decoder_size=decoder,
+        tower_size=size,
+        largest=largest,
+    )
+    method = COMPRESSORS[name]
+    needs = method.needs(size, chosen)
+    features = abstract_features(size, needs)
+    inputs: tuple[Any, ...] = (features, None)
+    call = "__call__"
+    if method.text == "query":
+        inputs = (features, jax.ShapeDtypeStruct((1, 1, decoder.width), np.float32))
+    if method.text == "fusion":
+        ids: Any = jax.ShapeDtypeStruct((1, text_tokens), np.int32)
+        embeddings: Any = jax.ShapeDtypeStruct((1, text_tokens, decoder.width), np.float32)
+        readable: Any = jax.ShapeDtypeStruct(ids.shape, bool)
+        images: Any = jax.ShapeDtypeStruct((1, 1), np.int32)
+        inputs, call = (features, FusionText(embeddings, readable, ids, images)), "fuse"
+
+    def run(params: dict[str, Any], *arrays: Any) -> Any:
+        return module.apply({"params": params}, *arrays, method=call)
+
+    params = nn.meta.unbox(abstract_params(module, *inputs, method=call))
+    return count_flops(run, params, *inputs)
