@@ -99,10 +99,11 @@ def quecc(arrays: Arrays) -> jax.Array:
 def prumerge(arrays: Arrays) -> jax.Array:
     """What our PruMerge or PruMerge+ makes of the file's inputs, before the projector."""
     _, patches, _, adaptive, plus, ratio = (float(number) for number in arrays["meta"])
-    chosen = int(patches * ratio) * (2 if plus else 1)
-    visual_tokens = 1 + (int(patches) if adaptive else chosen)
     name, count = "prumerge_plus" if plus else "prumerge", "adaptive" if adaptive else "fixed"
-    module = make_compressor(name, visual_tokens, 1, {"count": count})
+    step = int(1 / ratio) if plus and not adaptive else 0
+    spaced = len(range(step // 2, int(patches) - 1, step)) if step else 0
+    visual_tokens = 1 + (int(patches) if adaptive else int(patches * ratio) + spaced)
+    module = make_compressor(name, visual_tokens, 1, {"count": count}, step=step)
     features = Features(
         jnp.asarray(arrays["features"][:, 1:]),
         keys=jnp.asarray(arrays["keys"]),

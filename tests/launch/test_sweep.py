@@ -90,7 +90,7 @@ def test_a_sweep_runs_and_is_done(
 
     assert main(["sweep", "status", str(out), "--json"]) == 0
     status = json.loads(capsys.readouterr().out)["cells"]
-    assert {cell["cell"] for cell in status} == {"toy-14k V=0", "toy-14k V=1"}
+    assert {cell["cell"] for cell in status} == {"toy-14k blind", "toy-14k pool V=1"}
     for cell in status:
         assert (cell["state"], cell["step"], cell["steps"]) == ("done", 20, 20)
         assert (cell["attempts"], cell["last_error"]) == (1, None)
@@ -170,7 +170,7 @@ def test_a_failing_cell_is_reported_and_the_other_finishes(
     features.write_bytes(whole[:1000])
     assert main(command) == 1
     told = capsys.readouterr()
-    assert f"toy-14k V=1 ({opened[1].id}) failed: ValueError: " in told.err
+    assert f"toy-14k pool V=1 ({opened[1].id}) failed: ValueError: " in told.err
     assert "log.txt" in told.err
     assert "Traceback" not in told.err
     assert told.err.count("failed (exit 1)") == 3, "a fault is tried three times"

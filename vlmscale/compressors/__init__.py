@@ -85,13 +85,8 @@ def up_to_patches(side: int) -> list[int]:
 
 
 def merged_counts(side: int) -> list[int]:
-    """Counts of PruMerge: n chosen patches, none to all, and the extra token."""
+    """Counts of PruMerge and PruMerge+: chosen patches, none to all, and the extra token."""
     return list(range(1, side * side + 2))
-
-
-def spaced_counts(side: int) -> list[int]:
-    """Counts of PruMerge+: n chosen patches, n spaced ones and the extra token."""
-    return list(range(1, side * side + 2, 2))
 
 
 _merging = partial(
@@ -114,7 +109,7 @@ COMPRESSORS: dict[str, Method] = {
         FasterVLM, up_to_patches, needs=score_needs("class_attention"), options={"score": SCORES}
     ),
     "prumerge": _merging(PruMerge, merged_counts),
-    "prumerge_plus": _merging(PruMergePlus, spaced_counts),
+    "prumerge_plus": _merging(PruMergePlus, merged_counts),
     "vistog": Method(VisToG, up_to_patches, needs=_inside_tower),
 }
 

@@ -35,6 +35,8 @@ class PruMerge(nn.Module):
         is alone.
       score: "class", the released one; "mean", attention received from all tokens; "probe", attention from
         SigLIP's pooling probe; "auto", "class" where the tower has a class token, else "mean".
+      step: of PruMerge+ "fixed": between spaced patches; 0 for what gives half of the tokens. Released is the
+        whole part of 1 over the share of patches that are kept.
     """
 
     visual_tokens: int
@@ -42,6 +44,7 @@ class PruMerge(nn.Module):
     count: str = "fixed"
     score: str = "auto"
     neighbours: int = 32
+    step: int = 0
     dtype: jnp.dtype = jnp.float32
 
     plus: ClassVar[bool] = False
@@ -84,10 +87,9 @@ class PruMerge(nn.Module):
         if self.count == "fixed":
             if not self.plus:
                 return jax.lax.top_k(scores, room)[1], jnp.asarray(room)
-            half = room // 2
-            step = patches // max(half, 1)
-            spaced = step // 2 + step * jnp.arange(half)
-            return jnp.concatenate([jax.lax.top_k(scores, half)[1], spaced]), jnp.asarray(room)
+            spaced = self._spaced(patches)
+            top = jax.lax.top_k(scores, room - len(spaced))[1]
+            return jnp.concatenate([top, jnp.asarray(spaced, jnp.int32)]), jnp.asarray(room)
         lower, upper = jnp.percentile(scores, jnp.asarray([25.0, 75.0]))
         outliers = jnp.sum(scores > upper + 1.5 * (upper - lower))
         rank = jnp.argsort(jnp.argsort(-scores, stable=True))
@@ -101,6 +103,14 @@ class PruMerge(nn.Module):
         place = jnp.where(top, rank, patches + index)
         order = jnp.argsort(jnp.where(chosen, place, 2 * patches + index))
         return order[:room], jnp.sum(chosen)
+
+    def _spaced(self, patches: int) -> list[int]:
+        """The patches at even steps of "fixed" PruMerge+."""
+        if self.step:
+            return list(range(self.step // 2, patches - 1, self.step))
+        count = self.visual_tokens // 2  # half of V - 1, rounded up
+        step = patches // max(count, 1)
+        return [step // 2 + step * number for number in range(count)]
 
     def _merge(
         self, patches: jax.Array, keys: jax.Array, scores: jax.Array, order: jax.Array, count: jax.Array
@@ -144,8 +154,8 @@ class PruMerge(nn.Module):
 class PruMergePlus(PruMerge):
     """PruMerge with patches at even steps beside those of the highest score.
 
-    "fixed": V = 2n + 1; the n highest, then the n patches s // 2 + i * s with s = P // n, as the authors
-    fine-tune. A patch in both halves is there twice (`_merge` says what follows from it).
+    "fixed": V = n + m + 1; the n highest, then the m patches s // 2 + i * s with s = P // m, m = n or one
+    more, as the authors fine-tune (V = 145 of 576 patches). A patch in both halves is there twice (`_merge` says what follows from it).
 
     "adaptive": n outliers, then those of the patches 0, s, 2s, ... that are none, s = P // n // 3, in raster
     order; the last patch is never one of them, as released. The released code fails where there is no
