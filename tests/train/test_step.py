@@ -23,6 +23,7 @@ from vlmscale.train.step import (
     make_schedule,
     make_train_step,
     model_inputs,
+    plain_loss_sum,
 )
 from vlmscale.weights import tree
 
@@ -207,3 +208,90 @@ def test_batches_must_divide_over_the_devices() -> None:
     check_batch(16, make_mesh())
     with pytest.raises(UserError, match="batch_size=12: must be a multiple of the 8 devices"):
         check_batch(12, make_mesh())
+
+
+def nested_batch(batch: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+    """The batch with so many slots an image, the first ones, and targets moved accordingly."""
+    kept = ~(batch["image_slots"] & (np.cumsum(batch["image_slots"], 1) > count))
+    rows = {}
+    for name in ("tokens", "image_slots", "segment_ids"):
+        rows[name] = np.zeros_like(batch[name])
+        for row, keep in enumerate(kept):
+            rows[name][row, : keep.sum()] = batch[name][row, keep]
+    moved = np.cumsum(kept, 1) - 1
+    return batch | rows | {"target_positions": np.take_along_axis(moved, batch["target_positions"], 1)}
+
+
+def test_m3_trains_the_mean_of_its_scales(
+    batch: dict[str, np.ndarray], random_params: Callable[..., Any]
+) -> None:
+    # Rows without an image leave the slots of one free, as the pipeline does.
+    shown, early = batch["image_slots"].any(1)[:, None], np.arange(LENGTH) < LENGTH - VISUAL
+    batch = batch | {"segment_ids": batch["segment_ids"] * (shown | early)}
+    model = VLM(SIZE, VOCAB, "m3", VISUAL)
+    params = random_params(model, model_inputs(batch), batch["target_positions"])["params"]
+    total, count = jax.jit(lambda params: loss_sum(model, params, batch))(params)
+    assert count == 17
+    singles = []
+    for scale in (1, 4):
+        alone = VLM(SIZE, VOCAB, "pool", scale, options=(("placement", "after"),))
+        singles.append(float(plain_loss_sum(alone, params, nested_batch(batch, scale))[0]))
+    assert abs(singles[0] - singles[1]) > 0.1
+    assert total == pytest.approx(np.mean(singles), rel=1e-5)
+
+
+def test_mqt_trains_a_count_drawn_from_seed_and_step(
+    batch: dict[str, np.ndarray], random_params: Callable[..., Any]
+) -> None:
+    batch = batch | {
+        "target_positions": np.maximum(batch["target_positions"], 1 + VISUAL)
+    }  # text alone predicts
+    model = VLM(SIZE, VOCAB, "mqt", VISUAL)
+    params = random_params(model, model_inputs(batch), batch["target_positions"])["params"]
+    loss = jax.jit(lambda step, seed: loss_sum(model, params, batch, step, seed)[0], static_argnums=1)
+    drawn = [float(loss(step, 0)) for step in range(12)]
+    assert drawn == [float(loss(step, 0)) for step in range(12)]
+    assert drawn != [float(loss(step, 1)) for step in range(12)]
+    singles = []
+    for count in (2, 4):
+        alone = VLM(SIZE, VOCAB, "mqt", count, largest=VISUAL)
+        singles.append(float(plain_loss_sum(alone, params, nested_batch(batch, count))[0]))
+    assert abs(singles[0] - singles[1]) > 0.01
+    nearest = [int(np.argmin(np.abs(np.subtract(singles, value)))) for value in drawn]
+    assert set(nearest) == {0, 1}
+    np.testing.assert_allclose(drawn, [singles[place] for place in nearest], rtol=1e-5)
+    assert float(loss_sum(model, params, batch)[0]) == pytest.approx(singles[1], rel=1e-5)
+
+
+def test_a_question_embedded_before_is_the_question_embedded_in_the_step(
+    batch: dict[str, np.ndarray], random_params: Callable[..., Any]
+) -> None:
+    """And another question gives another loss, through tokens that its own length bounds."""
+    rng = np.random.default_rng(3)
+    asked = batch | {
+        "query_tokens": rng.integers(0, VOCAB, (ROWS, 4)).astype(np.int32),
+        "query_length": np.arange(ROWS, dtype=np.int32) % 4 + 1,
+    }
+    model = VLM(SIZE, VOCAB, "quecc", VISUAL)
+    params = random_params(model, model_inputs(asked), batch["target_positions"])["params"]
+    loss = jax.jit(lambda params, batch: loss_sum(model, params, batch)[0])
+    wanted = loss(params, asked)
+    query = model.apply(
+        {"params": params}, asked["query_tokens"], asked["query_length"], method="embed_query"
+    )
+    assert loss(params, batch | {"text_query": query}) == pytest.approx(float(wanted), rel=1e-6)
+    padding = np.arange(4) >= asked["query_length"][:, None]
+    ids = asked["query_tokens"]
+    assert loss(params, asked | {"query_tokens": np.where(padding, (ids + 1) % VOCAB, ids)}) == wanted
+    assert loss(params, asked | {"query_tokens": np.where(padding, ids, (ids + 1) % VOCAB)}) != wanted
+
+    def with_query(query: jax.Array) -> jax.Array:
+        return loss(params, batch | {"text_query": query})
+
+    assert np.abs(jax.grad(with_query)(query)).max() > 0  # it matters, and yet no gradient enters the LLM:
+
+    def by_question(table: jax.Array) -> jax.Array:
+        changed = params | {"decoder": params["decoder"] | {"embedding": table}}
+        return model.apply({"params": changed}, ids, asked["query_length"], method="embed_query").sum()
+
+    assert not np.asarray(jax.grad(by_question)(params["decoder"]["embedding"])).any()

@@ -155,7 +155,8 @@ class PruMergePlus(PruMerge):
     """PruMerge with patches at even steps beside those of the highest score.
 
     "fixed": V = n + m + 1; the n highest, then the m patches s // 2 + i * s with s = P // m, m = n or one
-    more, as the authors fine-tune (V = 145 of 576 patches). A patch in both halves is there twice (`_merge` says what follows from it).
+    more, as the authors fine-tune (V = 145 of 576 patches). A patch in both halves is there twice (`_merge`
+    says what follows from it).
 
     "adaptive": n outliers, then those of the patches 0, s, 2s, ... that are none, s = P // n // 3, in raster
     order; the last patch is never one of them, as released. The released code fails where there is no

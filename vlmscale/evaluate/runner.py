@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from vlmscale.config import Cell, evaluable_counts
 from vlmscale.cost import flops
 from vlmscale.cost.image import image_flops, sample_flops
 from vlmscale.data.images import ImageError, decode_image
+from vlmscale.data.pipeline import in_order
 from vlmscale.data.records import Record, Turn
 from vlmscale.errors import UserError
 from vlmscale.evaluate.generation import (
@@ -38,9 +39,9 @@ from vlmscale.models.vlm import VLM
 from vlmscale.records import ResultRow, git_commit, now, read_json, read_rows, write_lines
 from vlmscale.sharding import make_mesh, replicated
 from vlmscale.train.checkpoint import Checkpoints
-from vlmscale.train.loop import load_prepared, with_sharding
+from vlmscale.train.loop import HELDOUT_BATCH, load_prepared, mean_loss, with_sharding
 from vlmscale.train.prepared import Prepared, load_tower, needs_of, pixels_of
-from vlmscale.train.step import build_model, init_params
+from vlmscale.train.step import build_model, init_params, plain_loss_sum
 from vlmscale.weights import tree
 
 SCORER = "exact_match"
@@ -228,13 +229,14 @@ def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> lis
     counts = run.cell.evaluate.visual_tokens or (run.cell.compressor.visual_tokens,)
     (run.path / "answers").mkdir(exist_ok=True)
     rows: list[ResultRow] = []
-    sample_flops = training_flops(run)
+    per_sample = training_flops(run)
     for number, count in enumerate(counts):
 
         def tell(done: int, total: int, before: int = number) -> None:
             progress(before * total + done, len(counts) * total)
 
         answered = answer_items(run, chosen, split, count, tell)
+        costs = Costs(count, heldout_loss(run, count), per_sample)
         by_task: dict[str, list[tuple[Item, Said]]] = {}
         for item, said in zip(chosen, answered, strict=True):
             by_task.setdefault(item.task, []).append((item, said))
@@ -247,7 +249,7 @@ def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> lis
             ]
             name = task if len(counts) == 1 else f"{task}@{count}"
             write_lines(run.path / "answers" / f"{name}.jsonl", lines)
-            rows.append(_row(run, split, answers, count, sample_flops))
+            rows.append(_row(run, split, answers, costs))
     results, done = run.path / "result.jsonl", {row.task for row in rows}
     others = [row for row in read_rows(results) if row["task"] not in done] if results.exists() else []
     every = sorted(
@@ -257,10 +259,16 @@ def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> lis
     return rows
 
 
-def _row(
-    run: LoadedRun, split: str, answered: list[tuple[Item, Said]], visual_tokens: int, sample_flops: float
-) -> ResultRow:
-    cell, template = run.cell, run.prepared.template
+class Costs(NamedTuple):
+    """What the rows of all tasks share."""
+
+    visual_tokens: int
+    heldout_loss: float | None
+    per_sample: float  # training FLOPs of an average sample
+
+
+def _row(run: LoadedRun, split: str, answered: list[tuple[Item, Said]], costs: Costs) -> ResultRow:
+    cell, template, visual_tokens = run.cell, run.prepared.template, costs.visual_tokens
     llm, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
     vocab = run.prepared.tokenizer.get_vocab_size()
     scores = [SCORERS[SCORER](said.text, item.truth) for item, said in answered]
@@ -276,8 +284,6 @@ def _row(
     llm_flops = flops.inference_flops(llm, vocab, prompt, generated)
     cached = prompt + generated - 1  # the last token is not fed back
     done = read_json(run.path / "done.json")
-    metrics = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
-    heldout = [line["heldout_loss"] for line in metrics if "heldout_loss" in line]
     first = answered[0][0]
     options = parse_options(cell.compressor.name, cell.compressor.options)
     return ResultRow(
@@ -306,7 +312,7 @@ def _row(
         data_samples=cell.train.steps * cell.train.batch_size,
         stage_steps=[cell.train.steps],
         lr=cell.train.learning_rate,
-        train_flops=round(sample_flops * cell.train.steps * cell.train.batch_size),
+        train_flops=round(costs.per_sample * cell.train.steps * cell.train.batch_size),
         infer_flops=round(with_image * sum(image) + llm_flops),
         latency_ms=None,
         device=read_json(run.path / "env.json")["device"],
@@ -321,13 +327,35 @@ def _row(
         n_items=len(scores),
         chance=float(np.mean([item.chance for item, _ in answered])),
         blind_score=None,
-        heldout_loss=heldout[-1] if heldout else None,
+        heldout_loss=costs.heldout_loss,
         wall_s=done["wall_s"],
         vlmscale_version=__version__,
         git_commit=git_commit(),
         finished_at=now(),
         status="done",
     )
+
+
+def heldout_loss(run: LoadedRun, visual_tokens: int) -> float | None:
+    """Loss per supervised token on the validation split with so many visual tokens; None without a split.
+
+    Training logs it at the end; of a nested compressor it logs what it trains, so there it is computed.
+    """
+    cell, prepared = run.cell, run.prepared
+    if "validation" not in prepared.manifest["records"]:
+        return None
+    if COMPRESSORS[cell.compressor.name].nested is None or not visual_tokens:
+        lines = (run.path / "metrics.jsonl").read_text().splitlines()
+        logged = [line["heldout_loss"] for line in map(json.loads, lines) if "heldout_loss" in line]
+        return logged[-1] if logged else None
+    compressor = replace(cell.compressor, visual_tokens=visual_tokens)
+    rows, constants = (
+        prepared.rows("validation", replace(cell, compressor=compressor)),
+        prepared.constants(cell),
+    )
+    model = build_model(cell, prepared.manifest["vocab_size"], "loop", visual_tokens)
+    sums = jax.jit(lambda params, batch: plain_loss_sum(model, params, batch))
+    return mean_loss(lambda batch: sums(run.params, batch | constants), in_order(rows, HELDOUT_BATCH))
 
 
 def training_flops(run: LoadedRun) -> float:

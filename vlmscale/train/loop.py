@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +41,7 @@ from vlmscale.train.step import (
 from vlmscale.weights import tree
 
 _FLUSH_EVERY = 25  # steps whose metrics are fetched from the device together
-_HELDOUT_BATCH = 200
+HELDOUT_BATCH = 200
 Progress = Callable[[int, int, float], None]
 Put = Callable[[Batch], dict[str, Any]]  # a host batch onto the devices, with what every batch shares
 
@@ -275,11 +275,12 @@ def _make_heldout(
     if "validation" not in prepared.manifest["records"]:
         return None
     rows = prepared.rows("validation", cell)
-    size = -(-_HELDOUT_BATCH // mesh.size) * mesh.size
+    size = -(-HELDOUT_BATCH // mesh.size) * mesh.size
     sums = jax.jit(lambda params, batch: loss_sum(model, params, batch))
+    return lambda params: mean_loss(lambda batch: sums(params, put(batch)), in_order(rows, size))
 
-    def heldout(params: Any) -> float:
-        parts = [jax.device_get(sums(params, put(batch))) for batch in in_order(rows, size)]
-        return float(sum(total for total, _ in parts) / max(sum(count for _, count in parts), 1))
 
-    return heldout
+def mean_loss(sums: Callable[[Batch], tuple[jax.Array, jax.Array]], stream: Iterable[Batch]) -> float:
+    """Loss per supervised token over all batches; `sums` gives the summed loss of one and its tokens."""
+    parts = [jax.device_get(sums(batch)) for batch in stream]
+    return float(sum(total for total, _ in parts) / max(sum(count for _, count in parts), 1))

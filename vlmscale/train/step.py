@@ -119,7 +119,7 @@ def loss_sum(
     inputs, places = model_inputs(batch), batch["target_positions"]
     method = COMPRESSORS[model.compressor_name]
     if inputs.features is None or method.nested is None:
-        return _sum(model, params, inputs, places, batch), jnp.sum(batch["target_mask"])
+        return plain_loss_sum(model, params, batch)
     largest, counts = model.visual_tokens, method.nested(model.visual_tokens)
     if method.trains_all:
         total = jnp.float32(0)
@@ -131,6 +131,12 @@ def loss_sum(
         drawn = jax.random.randint(jax.random.fold_in(jax.random.key(seed), step), (), 0, len(counts))
         inputs = inputs._replace(visual_count=jnp.asarray(counts, jnp.int32)[drawn])
     return _sum(model, params, inputs, places, batch), jnp.sum(batch["target_mask"])
+
+
+def plain_loss_sum(model: VLM, params: Params, batch: Arrays) -> tuple[jax.Array, jax.Array]:
+    """As `loss_sum`, at the model's own number of visual tokens whatever the method trains."""
+    total = _sum(model, params, model_inputs(batch), batch["target_positions"], batch)
+    return total, jnp.sum(batch["target_mask"])
 
 
 def _sum(model: VLM, params: Params, inputs: Inputs, places: jax.Array, batch: Arrays) -> jax.Array:
