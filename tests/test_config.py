@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from vlmscale.compressors import COMPRESSORS
 from vlmscale.config import (
     Cell,
     cell_id,
+    evaluable_counts,
     find_config,
     from_dict,
     leaves,
@@ -33,6 +35,12 @@ BYSTANDERS = {
     "train.checkpoint_every",
     "evaluate.batch_size",
 }
+# Of fields that are read in order to tell what is the same.
+OTHERS = {
+    "compressor.name": "tokenpacker",
+    "compressor.options": "placement=after",
+    "evaluate.visual_tokens": (1, 4),
+}
 
 
 def changed(key: str, value: Any) -> Cell:
@@ -42,7 +50,9 @@ def changed(key: str, value: Any) -> Cell:
     return cell
 
 
-def other(value: Any) -> Any:
+def other(key: str, value: Any) -> Any:
+    if key in OTHERS:
+        return OTHERS[key]
     return value + "-other" if isinstance(value, str) else value + 1
 
 
@@ -85,9 +95,9 @@ def test_wrong_types_are_refused_on_one_line(word: str) -> None:
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        ("compressor.visual_tokens", 25, "pool on a 8x8 patch grid gives 1, 4, 16, 64"),
-        ("compressor.visual_tokens", -1, "gives 1, 4, 16, 64"),
-        ("compressor.name", "pol", "nearest is pool .known: mlp, pool, tokenpacker"),
+        ("compressor.visual_tokens", 24, "pool on a 8x8 patch grid gives 1, 4, 9, 16, 25, 36, 49, 64"),
+        ("compressor.visual_tokens", -1, "gives 1, 4, 9, 16"),
+        ("compressor.name", "pol", "nearest is pool .known: mlp, pool, m3, tokenpacker"),
         ("llm.name", "toy-135", "nearest is toy-135k"),
         ("tower.name", "scenes", "nearest is scenes-48"),
         ("data.source", "lava", "nearest is llava"),
@@ -123,7 +133,7 @@ def test_the_id_changes_with_what_changes_the_result_and_with_nothing_else(
     for key, value, metadata in leaves(Cell()):
         if metadata.get("content"):
             continue
-        identity = cell_id(changed(key, other(value)))
+        identity = cell_id(changed(key, other(key, value)))
         if key in BYSTANDERS:
             assert identity == cell_id(Cell()), key
         else:
@@ -158,9 +168,92 @@ def test_blind_cells_are_the_same_whatever_the_compressor() -> None:
     assert cell_id(changed("compressor.name", "tokenpacker")) != cell_id(Cell())
 
 
+def test_ids_of_cells_are_those_of_earlier_versions() -> None:
+    """Fields that were added later must not change them: finished sweeps would be trained again."""
+    assert cell_id(load_cell(f"{TINY}:toy-14k,0", [])) == "5e53071ce3af"
+    assert cell_id(load_cell(f"{TINY}:toy-14k,1", [])) == "8adf158a9ce0"
+
+
+def test_options_count_by_what_they_say() -> None:
+    def of(name: str, options: str) -> str:
+        cell = changed("compressor.name", name)
+        cell.compressor.options = options
+        return cell_id(cell)
+
+    assert of("pool", "placement=before") == cell_id(Cell()) != of("pool", "placement=after")
+    assert of("prumerge", "count=adaptive,score=mean") == of("prumerge", " score=mean, count=adaptive,")
+    assert of("prumerge", "count=adaptive,score=mean") != of("prumerge", "score=mean")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("options=placement=afer", "placement=afer: pool knows placement=before or after"),
+        ("options=place=after", "pool has no option 'place'; the nearest is placement .known: placement"),
+        ("options=placement", "placement=: pool knows"),
+        ("options=placement=after,placement=after", "placement is given twice"),
+        ("name=quecc options=placement=after", "quecc has no option 'placement'; quecc has none"),
+        (
+            "name=fastervlm options=score=class",
+            "reads a class token, which this tower lacks; take score=mean",
+        ),
+        ("name=tokenpacker visual_tokens=9", "tokenpacker on a 8x8 patch grid gives 1, 4, 16, 64"),
+        ("name=vistog visual_tokens=65", "vistog on a 8x8 patch grid gives 1 to 64"),
+    ],
+)
+def test_impossible_compressors_are_refused(words: str, said: str) -> None:
+    overrides = [f"--config.compressor.{word}" for word in words.split()]
+    with pytest.raises(UserError, match=said) as error:
+        load_cell(f"{TINY}:toy-14k,16", overrides)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, asked, said",
+    [
+        ("pool", "(1,4)", "one pool model gives one count; many are given by m3, mqt"),
+        ("m3", "(1,9)", "9: this m3 gives 1, 4, 16"),
+        ("mqt", "(1,17)", "17: this mqt gives 1 to 16"),
+        ("mqt", "(0,)", "0: this mqt gives 1 to 16"),
+        ("mqt", "(4,4)", "names a count twice"),
+    ],
+)
+def test_counts_that_a_model_does_not_give_are_not_evaluated(name: str, asked: str, said: str) -> None:
+    words = [f"--config.compressor.name={name}", f"--config.evaluate.visual_tokens={asked}"]
+    with pytest.raises(UserError, match=said):
+        load_cell(f"{TINY}:toy-14k,16", words)
+
+
+def test_counts_of_one_model_are_asked_for_by_a_list() -> None:
+    words = ["--config.compressor.name=mqt", "--config.evaluate.visual_tokens=(1,4,16)"]
+    cell = load_cell(f"{TINY}:toy-14k,16", words)
+    assert cell.evaluate.visual_tokens == (1, 4, 16)
+    assert evaluable_counts(cell) == list(range(1, 17))
+    blind = changed("compressor.visual_tokens", 0)
+    blind.evaluate.visual_tokens = (1,)
+    with pytest.raises(UserError, match="a blind model has no visual tokens"):
+        validate(blind)
+
+
+def test_the_comparison_has_every_method_and_option() -> None:
+    sweep = load_sweep("configs/sweeps/compressor_comparison.py", ["--config.train.steps=60"])
+    found = {cell.compressor.name for cell in sweep.cells}
+    assert found == set(COMPRESSORS)
+    assert {cell.llm.name for cell in sweep.cells} == {"toy-135k"}
+    for name, method in COMPRESSORS.items():
+        cells = [cell for cell in sweep.cells if cell.compressor.name == name and not cell.compressor.options]
+        counts = {
+            count
+            for cell in cells
+            for count in cell.evaluate.visual_tokens or (cell.compressor.visual_tokens,)
+        }
+        assert counts >= {1, 4, 16} & set(method.counts(8)), name
+    assert sum(not cell.compressor.visual_tokens for cell in sweep.cells) == 1
+
+
 def test_dicts_go_there_and_back_through_json() -> None:
     for key, value, _ in leaves(Cell()):
-        cell = changed(key, other(value))
+        cell = changed(key, other(key, value))
         back = from_dict(json.loads(json.dumps(to_dict(cell))))
         assert back == cell
         assert back != Cell()
