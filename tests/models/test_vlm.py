@@ -129,7 +129,7 @@ def test_a_narrowed_batch_is_the_one_with_fewer_slots() -> None:
             out["answers"][row, used - 1] = 1
             targets[row] = [used - 1, max(before - 1, 0)]
         out["positions"][:] = np.arange(length)
-        return Inputs(**out), targets
+        return Inputs(**out, features=Features(np.zeros((len(rows), 1, 1)))), targets
 
     wide, places = batch(6, 14)
     for count in (1, 3, 6):

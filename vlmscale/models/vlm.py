@@ -211,15 +211,19 @@ def splice(
     """
     (rows, _, width), (images, tokens) = embeddings.shape, valid.shape
     per_row = images // rows
-    image = image_slots.astype(jnp.int32)
-    mine = image[:, :, None] == jnp.arange(1, per_row + 1)
-    rank = jnp.sum(jnp.where(mine, jnp.cumsum(mine, axis=1) - 1, 0), axis=-1)
+    image, rank = image_slots.astype(jnp.int32), _rank(image_slots, per_row)
     order = jnp.clip((image - 1) * tokens + rank, 0, per_row * tokens - 1)
     spread = jnp.take_along_axis(visual.reshape(rows, per_row * tokens, width), order[:, :, None], axis=1)
     filled = jnp.take_along_axis(valid.reshape(rows, per_row * tokens), order, axis=1) & (image > 0)
     if count is not None:
         filled &= rank < count
     return jnp.where(filled[:, :, None], spread.astype(embeddings.dtype), embeddings), filled
+
+
+def _rank(image_slots: jax.Array, per_row: int) -> jax.Array:
+    """Which slot of its image each slot is: [B, T] to int32 [B, T], 0 for text."""
+    mine = image_slots.astype(jnp.int32)[:, :, None] == jnp.arange(1, per_row + 1)
+    return jnp.sum(jnp.where(mine, jnp.cumsum(mine, axis=1) - 1, 0), axis=-1)
 
 
 def close_gaps(
@@ -245,23 +249,29 @@ def narrow(
 ) -> tuple[Inputs, jax.Array]:
     """The same batch with fewer slots an image: what it would have been for another number of tokens.
 
-    Rows get shorter by the slots that fall away, so every row must have that many free: one whose image has
-    `visual_tokens` slots, or one without an image that is no longer than its text (`Rows.length` sees to it).
+    Rows of one image get shorter by the slots that fall away, so every row must have that many free: one
+    whose image has `visual_tokens` slots, or one without an image that is no longer than its text
+    (`Rows.length` sees to it). In rows of several images those slots become padding.
 
     Args:
-      inputs: with one image a row at most.
+      inputs: with features.
       target_positions: [B, K], none of them a slot that falls away.
       visual_tokens: slots an image has.
       count: slots it is to have.
 
     Returns:
-      Inputs of T - (visual_tokens - count) tokens, and their target positions.
+      Inputs of T - (visual_tokens - count) tokens, or of T, and their target positions.
     """
-    slot = inputs.image_slots.astype(bool)
-    kept = ~(slot & (jnp.cumsum(slot, axis=1) > count))
+    assert inputs.features is not None
+    per_row = inputs.features.selected.shape[0] // inputs.tokens.shape[0]
+    kept = _rank(inputs.image_slots, per_row) < count
+    positions, segment_ids = close_gaps(inputs.positions, inputs.segment_ids, ~kept)
+    if per_row > 1:
+        slots = jnp.where(kept, inputs.image_slots, 0)
+        left = inputs._replace(image_slots=slots, positions=positions, segment_ids=segment_ids)
+        return left, target_positions
     length = inputs.tokens.shape[1] - (visual_tokens - count)
     order = jnp.argsort(~kept, axis=1, stable=True)[:, :length]
-    positions, segment_ids = close_gaps(inputs.positions, inputs.segment_ids, ~kept)
     taken: dict[str, Any] = {
         name: jnp.take_along_axis(values, order, axis=1)
         for name, values in (
