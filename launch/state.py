@@ -10,11 +10,13 @@ from typing import Any
 from vlmscale import __version__
 from vlmscale.compressors import label, parse_options
 from vlmscale.config import Cell, Sweep, cell_id
-from vlmscale.cost.image import sample_flops
+from vlmscale.cost.image import Sample, sample_flops
 from vlmscale.errors import UserError
 from vlmscale.records import Status, make_directory, read_json, read_rows, write_json, write_lines
 
-_TYPICAL_TEXT = 96  # tokens; only the order and the time left depend on it
+_TYPICAL = Sample(
+    text=96, targets=24, query=12, with_image=1
+)  # only the order and the time left depend on it
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,7 @@ class CellDirectory:
     @property
     def work(self) -> float:
         """Predicted training FLOPs and start-up, in arbitrary units: for ordering and time left."""
-        text = _TYPICAL_TEXT
-        sample = sample_flops(self.cell, self.cell.data.vocab_size, text, text / 4, text / 8, 1.0)
+        sample = sample_flops(self.cell, self.cell.data.vocab_size, _TYPICAL)
         return sample * self.cell.train.batch_size * self.cell.train.steps + 3e11
 
 

@@ -34,6 +34,7 @@ BYSTANDERS = {
     "train.heldout_every",
     "train.checkpoint_every",
     "evaluate.batch_size",
+    "evaluate.visual_tokens",
 }
 # Of fields that are read in order to tell what is the same.
 OTHERS = {

@@ -14,7 +14,7 @@ from vlmscale.compressors import COMPRESSORS
 from vlmscale.config import Cell, CompressorConfig, LLMConfig
 from vlmscale.cost import flops
 from vlmscale.cost.count import count_flops
-from vlmscale.cost.image import image_flops, sample_flops, tower_flops
+from vlmscale.cost.image import Sample, image_flops, sample_flops, tower_flops
 from vlmscale.layers import abstract_params
 from vlmscale.models.decoder import Decoder, KVCache
 from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize, TowerSize
@@ -196,6 +196,10 @@ def test_a_sample_costs_what_its_method_trains() -> None:
         ("quecc", decoder(16)),
     ):
         image = image_flops(cell(name, 16), 16, 30, 7)
-        counted = sample_flops(cell(name, 16), 50, 30, 4, 7, 1.0)
-        assert counted == pytest.approx(3 * (wanted + image.compressor) + image.query_pass), name
-    assert sample_flops(cell("pool", 0), 50, 30, 4, 7, 1.0) == pytest.approx(3 * decoder(0))
+        counted = sample_flops(cell(name, 16), 50, Sample(30, 4, 7, 1.0))
+        shared = 7 if name == "m3" else 3  # the projector forward once, backward for each of three counts
+        assert counted == pytest.approx(3 * wanted + shared * image.compressor + image.query_pass), name
+    assert sample_flops(cell("pool", 0), 50, Sample(30, 4, 7, 1.0)) == pytest.approx(3 * decoder(0))
+    adaptive = cell("prumerge", 65, options="count=adaptive")
+    few, fixed = sample_flops(adaptive, 50, Sample(30, 4, 7, 1.0), 6.0), cell("prumerge", 6)
+    assert few == pytest.approx(sample_flops(fixed, 50, Sample(30, 4, 7, 1.0)), rel=0.01)

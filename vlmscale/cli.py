@@ -96,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR")
     evaluate.add_argument("--tasks", help="comma-separated names (default all)")
     evaluate.add_argument(
+        "--visual-tokens", default="", help="counts such as 1,4,16, of a compressor that gives many"
+    )
+    evaluate.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else on stdout"
     )
 
@@ -335,7 +338,12 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     bar = _progress()
     tasks = arguments.tasks.split(",") if arguments.tasks else None
-    rows = evaluate(load_run(arguments.run_dir), tasks, lambda done, total: bar("answering", done, total))
+    try:
+        counts = [int(word) for word in arguments.visual_tokens.split(",") if word]
+    except ValueError:
+        raise UserError(f"--visual-tokens {arguments.visual_tokens}: counts such as 1,4,16") from None
+    run = load_run(arguments.run_dir)
+    rows = evaluate(run, tasks, lambda done, total: bar("answering", done, total), counts)
     if tasks is None:
         Status(arguments.run_dir).update(state="done")
     if arguments.json:

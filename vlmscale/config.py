@@ -109,8 +109,9 @@ class EvaluateConfig:
     batch_size: int = field(default=400, metadata=_BYSTANDER)
     # "none": each question alone; "gold": behind the conversation so far with its true answers.
     history: str = "none"
-    # Token counts to evaluate at, for methods whose one model gives many; () for the compressor's own.
-    visual_tokens: tuple[int, ...] = ()
+    # Token counts to evaluate at, for methods whose one model gives many; () for the compressor's own. Says
+    # which rows there are, but changes none.
+    visual_tokens: tuple[int, ...] = field(default=(), metadata=_BYSTANDER)
 
 
 @dataclass
@@ -277,20 +278,28 @@ def _check_compressor(cell: Cell) -> None:
             f"evaluate.visual_tokens={asked}: one {compressor.name} model gives one count; "
             f"many are given by {', '.join(many)}"
         )
+    check_evaluable(cell, "evaluate.visual_tokens", asked)
+
+
+def check_evaluable(cell: Cell, option: str, asked: Sequence[int]) -> None:
+    """Refuse token counts that the trained model of a cell cannot be asked for.
+
+    Raises:
+      UserError: naming the option and what works.
+    """
     known = evaluable_counts(cell)
     for count in asked:
         if type(count) is not int or count not in known:
-            raise UserError(
-                f"evaluate.visual_tokens: {count!r}: this {compressor.name} gives {spoken(known)}"
-            )
+            gives = spoken(known) if known[-1] else "no visual tokens, for it was trained without pictures"
+            raise UserError(f"{option}: {count!r}: this {cell.compressor.name} gives {gives}")
     if len(set(asked)) < len(asked):
-        raise UserError(f"evaluate.visual_tokens={asked}: names a count twice")
+        raise UserError(f"{option}={asked}: names a count twice")
 
 
 def evaluable_counts(cell: Cell) -> list[int]:
-    """Token counts that the trained model of a cell can be asked for, by its largest."""
+    """Token counts that the trained model of a cell can be asked for; of an adaptive method its maximum."""
     largest, method = cell.compressor.visual_tokens, COMPRESSORS[cell.compressor.name]
-    if method.nested is None:
+    if method.nested is None or not largest:
         return [largest]
     if method.trains_all:
         return sorted(method.nested(largest))
@@ -336,14 +345,12 @@ def cell_id(cell: Cell) -> str:
       UserError: a named file or directory cannot be read.
     """
     parts = identity(cell)
-    # Fields that came later count only where they say something, so that ids of older cells stay.
+    # A field that came later counts only where it says something, so that ids of older cells stay.
     options = parse_options(cell.compressor.name, parts.pop("compressor.options"))
     if not cell.compressor.visual_tokens:
         del parts["compressor.name"]  # a blind model has no compressor
     elif options:
         parts["compressor.options"] = options
-    if not parts["evaluate.visual_tokens"]:
-        del parts["evaluate.visual_tokens"]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -273,6 +273,7 @@ def _export_parts(
     run: LoadedRun, tower: dict[str, Any], out: Path, config: dict[str, Any], text: Files, kind: np.dtype
 ) -> list[Path]:
     size, params, pictures = TOWERS[run.cell.tower.name], run.params, _picture_files(run)
+    options = parse_options(run.cell.compressor.name, run.cell.compressor.options)
     held = {"llm": text, "tower": pictures}
     names = [f"{part}/{name}" for part in held for name in (*held[part], "config.json", *export.WEIGHT_NAMES)]
     export.refuse_taken(out, [*names, "README.md", COMPRESSOR])  # all, before the first is written
@@ -290,7 +291,7 @@ def _export_parts(
         written.append(out / COMPRESSOR)
         about = {
             "compressor": run.cell.compressor.name,
-            "options": run.cell.compressor.options,
+            "options": ",".join(f"{key}={value}" for key, value in options.items()),
             "visual_tokens": str(run.cell.compressor.visual_tokens),
         }
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from vlmscale.compressors import COMPRESSORS, parse_options
+from vlmscale.compressors import COMPRESSORS, label, parse_options, spoken
+from vlmscale.config import Cell, evaluable_counts
 from vlmscale.data.tokenizer import ASSISTANT, IMAGE, USER
 from vlmscale.evaluate.runner import LoadedRun
 from vlmscale.models.sizes import SIZES, TOWERS
@@ -76,9 +77,10 @@ tower = {tower}.from_pretrained("tower")
 compressor = load_file("compressor.safetensors")
 ```
 
-- `llm`: a prompt holds `{image}` {tokens} times; the compressor's output takes the place of its embeddings.
+- `llm`: a prompt holds `{image}` {tokens} times{fewer}; the compressor's output takes the place of its
+  embeddings{fused}.
 - `tower`: the compressor reads number {selected} of its `hidden_states`{less}{needs}.
-- `compressor.safetensors`: parameters as vlmscale/compressors/{name}.py names them, each `kernel` as
+- `compressor.safetensors`: parameters as {module} names them, each `kernel` as
   [inputs, outputs]. `vlmscale generate --run` answers with the run that this was made from.
 """
 _NEEDS = {  # the fields of `Features`, for a reader who has the tower in transformers
@@ -108,11 +110,21 @@ def _head(run: LoadedRun, kind: str) -> str:
     cell = run.cell
     what = f"{kind}: LLM `{cell.llm.name}`"
     if cell.compressor.visual_tokens:
-        what += f", vision tower `{cell.tower.name}`, compressor `{cell.compressor.name}`. "
-        what += f"A picture takes {cell.compressor.visual_tokens} tokens."
+        name, options = cell.compressor.name, parse_options(cell.compressor.name, cell.compressor.options)
+        what += f", vision tower `{cell.tower.name}`, compressor `{label(name, options)}`. "
+        what += f"A picture takes {_counts(cell)} tokens."
     else:
         what += ", trained without pictures."
     return _fill(run, _HEAD, what=what)
+
+
+def _counts(cell: Cell) -> str:
+    """How many tokens a picture takes, in words."""
+    compressor = cell.compressor
+    if COMPRESSORS[compressor.name].adaptive(parse_options(compressor.name, compressor.options)):
+        return f"up to {compressor.visual_tokens}"
+    known = evaluable_counts(cell)
+    return f"{compressor.visual_tokens} (or fewer: {spoken(known)})" if len(known) > 1 else str(known[0])
 
 
 def of_llm(run: LoadedRun) -> str:
@@ -134,7 +146,8 @@ def of_parts(run: LoadedRun) -> str:
     """For LLM, tower and compressor apart."""
     size, compressor = TOWERS[run.cell.tower.name], run.cell.compressor
     clip, block = size.style == "clip", size.select_layer - 1
-    needs = COMPRESSORS[compressor.name].needs(size, parse_options(compressor.name, compressor.options))
+    method = COMPRESSORS[compressor.name]
+    needs = method.needs(size, parse_options(compressor.name, compressor.options))
     about = {"levels": ", ".join(map(str, size.levels)), "behind": min(block + 1, size.num_layers - 1)}
     return _head(run, "The parts of a vision-language model") + _fill(
         run,
@@ -143,5 +156,7 @@ def of_parts(run: LoadedRun) -> str:
         selected=size.select_layer,
         less=", without the first token" if clip else "",
         needs="".join(f"; {_NEEDS[need].format(block=block, **about)}" for need in sorted(needs)),
-        name=run.cell.compressor.name,
+        module=f"{COMPRESSORS[compressor.name].build.__module__.replace('.', '/')}.py",
+        fewer="" if _counts(run.cell) == str(compressor.visual_tokens) else " at most",
+        fused=", and it rewrites those of the text before" if method.text == "fusion" else "",
     )

@@ -9,7 +9,7 @@ the nearest; those that train many counts in one model are trained once, up to 1
 from collections.abc import Iterator, Sequence
 
 from vlmscale.compressors import COMPRESSORS, parse_options
-from vlmscale.config import Cell, Sweep, load_cell, validate
+from vlmscale.config import Sweep, load_cell
 from vlmscale.models.sizes import TOWERS
 
 LLM = "toy-135k"
@@ -33,7 +33,7 @@ def get_sweep(overrides: Sequence[str] = ()) -> Sweep:
             cell = load_cell(f"configs/scenes_tiny.py:{LLM},16", overrides)
             cell.compressor.name, cell.compressor.options = name, options
             cell.compressor.visual_tokens, cell.evaluate.visual_tokens = visual_tokens, evaluated
-            cells.append(_checked(cell))
+            cells.append(cell)
     return Sweep("compressor_comparison", cells)
 
 
@@ -50,8 +50,3 @@ def _counts(name: str, options: str, grid: int) -> Iterator[tuple[int, tuple[int
             (count, ())
             for count in dict.fromkeys(min(known, key=lambda k: (abs(k - v), k)) for v in VISUAL_TOKENS)
         )
-
-
-def _checked(cell: Cell) -> Cell:
-    validate(cell)
-    return cell

@@ -15,7 +15,8 @@ import torch
 
 from tests.pretrained import make_decoder
 from vlmscale.compressors import COMPRESSORS, Features, make_compressor
-from vlmscale.compressors.llava_mini import FusionText, QueryCompressor
+from vlmscale.compressors.features import FusionText
+from vlmscale.compressors.llava_mini import QueryCompressor
 from vlmscale.compressors.positions import sincos_positions
 from vlmscale.models.sizes import DecoderSize
 

@@ -50,7 +50,7 @@ def reference(w: Weights, x: np.ndarray, count: int, image_keys: bool = False) -
     keys = large.permute(0, 2, 3, 1).reshape(side**2, CHANNELS).numpy()
     inputs = {
         "q": norm(w["query"][:count] + w["pos_embed"][:count], "q"),
-        "k": norm(x + keys if image_keys else keys, "k"),
+        "k": norm(x, "k") + keys if image_keys else norm(keys, "k"),
         "v": norm(x, "v"),
     }
     packed = zip(np.split(w["attn.in_proj_weight"], 3), np.split(w["attn.in_proj_bias"], 3), strict=True)

@@ -14,6 +14,7 @@ import pytest
 
 from tests import golden
 from vlmscale.compressors import COMPRESSORS, Features, check_count, make_compressor, parse_options
+from vlmscale.compressors.prumerge import PruMergePlus
 from vlmscale.errors import UserError
 
 CHANNELS, WIDTH = 6, 5
@@ -96,9 +97,12 @@ def test_golden_files_pass(side: int, plus: bool, ratio: float, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name, plus", [("prumerge_adaptive", False), ("prumerge_plus_adaptive", True)])
-def test_golden_files_pass_with_a_count_of_their_own(name: str, plus: bool, tmp_path: Path) -> None:
-    arrays = case(8, True, plus, 1 / 8, batch=1)
-    assert 3 < arrays["output"].shape[1] < 65
+@pytest.mark.parametrize("side", [8, 7, 14])  # of 49 and 196 patches the released code loses one to a float
+def test_golden_files_pass_with_a_count_of_their_own(
+    name: str, plus: bool, side: int, tmp_path: Path
+) -> None:
+    arrays = case(side, True, plus, 1 / 8, batch=1)
+    assert 3 < arrays["output"].shape[1] < side**2 + 1
     np.savez(tmp_path / f"{name}.npz", **arrays)
     assert golden.main([str(tmp_path / f"{name}.npz")]) == 0
 
@@ -266,12 +270,22 @@ def test_every_patch_may_be_chosen(name: str, patches: int) -> None:
     chosen = list(np.argsort(-scores[0]))
     if name == "prumerge_plus":
         spaced = visual_tokens // 2
-        step = patches // spaced
         chosen = chosen[: visual_tokens - 1 - spaced]
-        chosen += [step // 2 + step * place for place in range(spaced)]
+        chosen += [int((place + 0.5) * patches / spaced) for place in range(spaced)]
         assert len(set(chosen)) < len(chosen)
     tokens, _ = compress(name, visual_tokens, features)
     np.testing.assert_allclose(tokens[0], reference(features, 0, chosen), atol=2e-5)
+
+
+@pytest.mark.parametrize("patches", [64, 576, 729])
+def test_spaced_patches_span_the_picture(patches: int) -> None:
+    for visual_tokens in range(3, patches + 2):
+        spaced = PruMergePlus(visual_tokens, WIDTH)._spaced(patches)
+        assert len(spaced) == len(set(spaced)) == visual_tokens // 2
+        share = patches / len(spaced)
+        assert 0 <= spaced[0] <= share
+        assert patches - 1 - share <= spaced[-1] < patches
+    assert PruMergePlus(145, WIDTH)._spaced(576) == list(range(4, 573, 8))
 
 
 def test_scores_are_what_the_option_says() -> None:

@@ -103,6 +103,9 @@ def test_targets_are_the_next_token_at_the_place_before_it(
     first = row.target_positions[0]
     assert row.tokens[first] == template.assistant  # the first answer token is predicted from here
     assert (np.diff(row.target_positions) > 0).all()
+    assert row.query.tolist() == template.text(TURNS[0].question)  # no template and no answer
+    silent = training_row(record(*TURNS[3:]), template, slots)
+    assert silent.query.tolist() == template.text("image")
 
 
 def test_context_is_cut_at_turns(template: Template) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def data() -> Rows:
         slots = np.zeros(length, bool)
         slots[1] = index % 3 > 0
         targets = np.arange(index % 3 + 1, dtype=np.int32)
-        rows.append(Row(tokens, slots, targets, targets + 50))
+        rows.append(Row(tokens, slots, targets, targets + 50, np.full(index % 4 + 1, index, np.int32)))
         images.append(index if index % 3 else -1)
     features = np.arange(COUNT * 2 * 3, dtype=np.float32).reshape(COUNT, 2, 3) + 1
     return Rows(rows, np.array(images), {"selected": features}, pad_id=7)
@@ -104,5 +105,30 @@ def test_in_order_covers_each_row_once_and_filler_has_no_targets(size: int, data
 
 
 def test_length_is_the_longest_row_rounded_up(data: Rows) -> None:
-    exact = Row(np.zeros(8, np.int32), np.zeros(8, bool), np.zeros(1, np.int32), np.zeros(1, np.int32))
+    exact = row_of(8, 0)
     assert Rows([exact], np.array([-1]), {}, 0).length == 8
+
+
+def row_of(length: int, slots: int) -> Row:
+    one = np.zeros(1, np.int32)
+    return Row(np.zeros(length, np.int32), np.arange(length) < slots, one, one, one)
+
+
+def test_rows_that_may_be_narrowed_keep_the_room_of_an_image_free() -> None:
+    """Whatever rows there are: of text alone, too, nothing may be cut off."""
+    for rows in ([row_of(8, 0)], [row_of(8, 0), row_of(7, 4)], [row_of(8, 4)]):
+        text = max(len(row.tokens) - int(row.image_slots.sum()) for row in rows)
+        spare = Rows(rows, np.full(len(rows), -1), {}, 0, spare=4)
+        assert text + 4 <= spare.length < text + 4 + 8
+
+
+def test_questions_are_in_the_batch_where_they_are_read(data: Rows) -> None:
+    assert "query_tokens" not in pad_row(data, 0, 16, 3)
+    asking = replace(data, queries=True)
+    for batch in in_order(asking, 5):
+        for tokens, query, length in zip(
+            batch["tokens"], batch["query_tokens"], batch["query_length"], strict=True
+        ):
+            index = int(tokens[0]) - 100
+            assert query.tolist() == [index] * (index % 4 + 1) + [7] * (3 - index % 4)
+            assert length == index % 4 + 1

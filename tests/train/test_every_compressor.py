@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import vlmscale
 from tests.integration.tiny import DATA, SCENES, lines, read, steps
 from vlmscale.compressors import COMPRESSORS, label, parse_options
 from vlmscale.config import Cell, evaluable_counts, load_cell
@@ -72,8 +74,7 @@ def check_rows(cell: Cell, name: str, rows: list[dict[str, Any]]) -> None:
     else:
         assert given == set(asked)
     for row in rows:
-        most = row["visual_tokens"] if method.nested is not None else compressor.visual_tokens
-        image = image_flops(cell, most, round(row["text_tokens_mean"]), 1.0)
+        image = image_flops(cell, round(row["visual_tokens"]), round(row["text_tokens_mean"]), 1.0)
         assert row["compressor_params"] > 0
         assert row["compressor_flops"] == image.compressor > 0
         assert row["tower_flops"] == image.tower
@@ -108,11 +109,25 @@ def test_a_cell_of_every_method(name: str, data: Prepared, tmp_path: Path) -> No
     assert len(list((broken / "answers").iterdir())) == len(rows)
     # Evaluated again, some rows take the place of themselves.
     evaluate(loaded, [rows[0]["task"]], nothing)
+    assert lines(broken / "result.jsonl")[-1] == rows[-1]
     assert [row["task"] for row in lines(broken / "result.jsonl")] == [row["task"] for row in rows]
+    if COMPRESSORS[cell.compressor.name].nested is not None:
+        # At the count that it was not asked for before; the others' rows stay.
+        new = evaluate(loaded, [rows[0]["task"]], nothing, [evaluable_counts(cell)[1]])
+        assert len(new) == 1
+        known = {(row["task"], row["visual_tokens"]) for row in [*rows, *map(vars, new)]}
+        after = lines(broken / "result.jsonl")
+        assert {(row["task"], row["visual_tokens"]) for row in after} == known
+        assert len(after) == len(known)
+        assert len({row["heldout_loss"] for row in after}) == len({row["visual_tokens"] for row in after})
     picture = tmp_path / "picture.png"
     Image.new("RGB", (60, 40), (200, 30, 30)).save(picture)
     for count in {evaluable_counts(cell)[0], evaluable_counts(cell)[-1]}:
         assert answer_one(loaded, picture, "How many circles?", visual_tokens=count).token_ids
     written = export_run(loaded, tmp_path / "out", None)
     card = next(path for path in written if path.name == "README.md").read_text()
-    assert cell.compressor.name in card
+    assert f"compressor `{name}`" in card
+    if (tmp_path / "out" / "compressor.safetensors").exists():
+        module = re.search(r"vlmscale/compressors/\w+\.py", card)
+        assert module is not None
+        assert Path(vlmscale.__file__).parents[1].joinpath(module.group()).is_file()

@@ -34,6 +34,7 @@ from vlmscale.errors import UserError
 from vlmscale.models.sizes import TowerSize
 
 Options = Mapping[str, str]
+_CONTEXT = {"dtype", "attention", "decoder_size", "tower_size", "largest"}
 
 
 def _selected_alone(tower: TowerSize, options: Options) -> frozenset[str]:
@@ -115,7 +116,7 @@ COMPRESSORS: dict[str, Method] = {
 
 
 def make_compressor(
-    name: str, visual_tokens: int, llm_width: int, options: Options | None = None, **context: Any
+    name: str, visual_tokens: int, llm_width: int, options: Options | None = None, **fields: Any
 ) -> nn.Module:
     """The module of a method.
 
@@ -124,12 +125,13 @@ def make_compressor(
       visual_tokens: how many tokens an image gives, V; of an adaptive method at most.
       llm_width: D.
       options: the user's choices, checked by `parse_options`.
-      **context: more fields, of which the module gets those that it declares: `dtype`, `attention`,
-        `decoder_size`, `tower_size`, and `largest`, the count that a nested method was made for.
+      **fields: more fields of the module. Those that every caller gives are left out where the module does
+        not declare them: `dtype`, `attention`, `decoder_size`, `tower_size`, and `largest`, the count that a
+        nested method was made for.
     """
     build = COMPRESSORS[name].build
-    declared = {part.name for part in dataclasses.fields(build)}
-    fitting = {key: value for key, value in context.items() if key in declared}
+    spare = _CONTEXT - {part.name for part in dataclasses.fields(build)}
+    fitting = {key: value for key, value in fields.items() if key not in spare}
     return build(visual_tokens, llm_width, **fitting, **(options or {}))
 
 

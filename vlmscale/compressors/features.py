@@ -52,6 +52,25 @@ class Features(NamedTuple):
         return round(self.selected.shape[1] ** 0.5)
 
 
+class FusionText(NamedTuple):
+    """The text around the images: B rows of T slots, each row with I images.
+
+    Image n of the features is image n % I of row n // I. A row may hold several samples, its segments.
+
+    Attributes:
+      embeddings: [B, T, D] the LLM's token embeddings.
+      readable: [B, T] bool, what pre-fusion reads and rewrites: not image slots, nor padding, nor in training
+        the answers.
+      segment_ids: [B, T] int32, 0 for padding.
+      image_segments: [B, I] int32, the segment that an image belongs to; 0 where there is no image.
+    """
+
+    embeddings: jax.Array
+    readable: jax.Array
+    segment_ids: jax.Array
+    image_segments: jax.Array
+
+
 def tower_features(
     size: TowerSize,
     params: dict[str, Any],

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlmscale.compressors.features import Features
+from vlmscale.compressors.features import Features, FusionText
 from vlmscale.compressors.mlp import Projector
 from vlmscale.compressors.multihead import MultiheadAttention
 from vlmscale.compressors.positions import grid_side, resize_grid, sincos_positions
@@ -17,25 +15,6 @@ from vlmscale.models.decoder import Block
 from vlmscale.models.sizes import DecoderSize
 
 _NORM_EPS = 1e-5  # torch's default, unlike that of the other query-based methods
-
-
-class FusionText(NamedTuple):
-    """The text around the images: B rows of T slots, each row with I images.
-
-    Image n of the features is image n % I of row n // I. A row may hold several samples, its segments.
-
-    Attributes:
-      embeddings: [B, T, D] the LLM's token embeddings.
-      readable: [B, T] bool, what pre-fusion reads and rewrites: not image slots, nor padding, nor in training
-        the answers.
-      segment_ids: [B, T] int32, 0 for padding.
-      image_segments: [B, I] int32, the segment that an image belongs to; 0 where there is no image.
-    """
-
-    embeddings: jax.Array
-    readable: jax.Array
-    segment_ids: jax.Array
-    image_segments: jax.Array
 
 
 class LLaVAMini(nn.Module):

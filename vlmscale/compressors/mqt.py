@@ -9,13 +9,11 @@ import numpy as np
 
 from vlmscale.attention import split_rows
 from vlmscale.compressors.features import Features
-from vlmscale.compressors.multihead import MultiheadAttention
+from vlmscale.compressors.multihead import MultiheadAttention, small_normal
 from vlmscale.compressors.positions import grid_side, resize_grid, sincos_positions
 from vlmscale.layers import LayerNorm, dense, named
 
 _NORM_EPS = 1e-6  # the published code's, not torch's default
-# torch's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations away: a plain normal.
-_small_normal = nn.initializers.normal(0.02)
 
 
 class MQT(nn.Module):
@@ -24,9 +22,9 @@ class MQT(nn.Module):
     Follows the released code, which has neither the residual nor the norm behind the attention that other
     resamplers have. Its keys are normed positions alone, without the patches: how a token mixes the patches
     is learned but the same for every image. The paper describes attention to the image; `keys` = "image" is
-    that, with the patches added to the positions. Query i stands in cell i of a grid of M cells in raster
-    order, so the first few all stand in its top row. Positions went through float16 in the released weights,
-    and do here, for the rounding shows in the output.
+    that, as in other resamplers: normed patches, to which the positions are added. Query i stands in cell i
+    of a grid of M cells in raster order, so the first few all stand in its top row. Positions went through
+    float16 in the released weights, and do here, for the rounding shows in the output.
 
     `largest` = M, a square, is the model's; `visual_tokens` = m <= M is how many tokens it gives now, and
     the first m of a larger number. `largest` = 0 stands for m itself.
@@ -56,20 +54,21 @@ class MQT(nn.Module):
         x = features.selected.astype(self.dtype)
         width = x.shape[-1]
         table = sincos_positions(grid_side(largest), width).astype(np.float16).astype(np.float32)
-        init = named(_small_normal, (None, "embed"))
+        init = named(small_normal, (None, "embed"))
         queries = self.param("queries", init, (largest, width), jnp.float32)[:count] + table[:count]
+        norm, places = self._norm, resize_grid(table, features.side)
         # A patch dimension in front of the batch, so that what is the same for all images is computed once.
-        keys = resize_grid(table, features.side)[None]
         if self.keys == "image":
-            keys = x[:, None] + keys.astype(self.dtype)
+            keys = norm("k_norm")(x)[:, None] + places.astype(self.dtype)
+        else:
+            keys = norm("k_norm")(places[None])
         attention = nn.vmap(
             MultiheadAttention,
             in_axes=(None, 0 if self.keys == "image" else None, 0),
             variable_axes={"params": None},
             split_rngs={"params": False},
-        )(self.num_heads, self.dtype, _small_normal, name="attention")
-        norm = self._norm
-        out = attention(norm("q_norm")(queries)[None], norm("k_norm")(keys), norm("v_norm")(x)[:, None])
+        )(self.num_heads, self.dtype, small_normal, name="attention")
+        out = attention(norm("q_norm")(queries)[None], keys, norm("v_norm")(x)[:, None])
         init, axes = nn.initializers.normal(self.llm_width**-0.5), ("mlp", "embed")
         project = dense(self.llm_width, "proj", self.dtype, axes, use_bias=False, kernel_init=init)
         tokens = project(split_rows(out[:, 0]))

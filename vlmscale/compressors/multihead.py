@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from vlmscale.attention import attend, split_rows
 from vlmscale.layers import dense
 
+# torch's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations away: a plain normal.
+small_normal = nn.initializers.normal(0.02)
 # torch's default for Linear: uniform with bound 1 / sqrt(fan_in).
 torch_linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 # torch draws the packed [3E, E] projection of q, k and v by Xavier's rule, so its fan is 4E, not 2E.

@@ -92,10 +92,10 @@ class PruMerge(nn.Module):
             return jnp.concatenate([top, jnp.asarray(spaced, jnp.int32)]), jnp.asarray(room)
         lower, upper = jnp.percentile(scores, jnp.asarray([25.0, 75.0]))
         outliers = jnp.sum(scores > upper + 1.5 * (upper - lower))
+        kept, spacing = (jnp.asarray(table)[outliers] for table in _as_released(patches))
         rank = jnp.argsort(jnp.argsort(-scores, stable=True))
-        chosen = top = rank < outliers
+        chosen = top = rank < kept
         if self.plus:
-            spacing = patches // jnp.maximum(outliers, 1) // 3  # above 0: a quarter at most are outliers
             chosen |= (index % spacing == 0) & (index < patches - 1) & (outliers > 0)
         # What does not fit is, of the spaced ones first, that of the lowest score.
         urgency = jnp.where(top, rank, jnp.where(chosen, patches + rank, 2 * patches + rank))
@@ -109,8 +109,7 @@ class PruMerge(nn.Module):
         if self.step:
             return list(range(self.step // 2, patches - 1, self.step))
         count = self.visual_tokens // 2  # half of V - 1, rounded up
-        step = patches // max(count, 1)
-        return [step // 2 + step * number for number in range(count)]
+        return [(2 * number + 1) * patches // (2 * count) for number in range(count)]
 
     def _merge(
         self, patches: jax.Array, keys: jax.Array, scores: jax.Array, order: jax.Array, count: jax.Array
@@ -151,14 +150,25 @@ class PruMerge(nn.Module):
         return jnp.where((slot == count)[:, None], extra, tokens)
 
 
+def _as_released(patches: int) -> tuple[list[int], list[int]]:
+    """By the number of outliers, how many patches are kept and the step of the spaced ones.
+
+    The released code goes through their share of the patches and back and cuts off what a float leaves of
+    it: of 49 patches 8 outliers keep 7. A quarter of the patches at most are outliers, so no step is 0 there.
+    """
+    shares = [number / patches for number in range(patches + 1)]
+    kept = [int(patches * share) for share in shares]
+    return kept, [max(int(int(1 / share) / 3), 1) if share else 1 for share in shares]
+
+
 class PruMergePlus(PruMerge):
     """PruMerge with patches at even steps beside those of the highest score.
 
-    "fixed": V = n + m + 1; the n highest, then the m patches s // 2 + i * s with s = P // m, m = n or one
-    more, as the authors fine-tune (V = 145 of 576 patches). A patch in both halves is there twice (`_merge`
-    says what follows from it).
+    "fixed": V = n + m + 1, m = n or one more; the n highest, then m patches at even steps, each in the middle
+    of its share of the raster, as the authors fine-tune (V = 145 of 576 patches: 4, 12, ..., 572). A patch in
+    both halves is there twice (`_merge` says what follows from it).
 
-    "adaptive": n outliers, then those of the patches 0, s, 2s, ... that are none, s = P // n // 3, in raster
+    "adaptive": n outliers, then those of the patches 0, s, 2s, ... that are none, s = P / n / 3, in raster
     order; the last patch is never one of them, as released. The released code fails where there is no
     outlier; here the extra token is alone. Where they do not all fit, outliers come first, then the spaced
     ones of the highest score.

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 
 from vlmscale.attention import attend, split_rows
 from vlmscale.compressors.features import Features
-from vlmscale.compressors.multihead import MultiheadAttention, torch_linear
+from vlmscale.compressors.multihead import MultiheadAttention, small_normal, torch_linear
 from vlmscale.compressors.positions import grid_side, resize_grid, sincos_positions
 from vlmscale.layers import LayerNorm, dense, named
 
 _QWEN_EPS, _PERCEIVER_EPS = 1e-6, 1e-5  # the published code's each; the second is torch's default
 _QWEN_HEAD = 128  # width of a head of Qwen-VL's
 _PERCEIVER_HEADS = 8
-# torch's trunc_normal_(std=0.02) cuts at -2 and 2, a hundred deviations away: a plain normal.
-_small_normal = nn.initializers.normal(0.02)
 
 
 class Resampler(nn.Module):
@@ -67,12 +65,12 @@ class Resampler(nn.Module):
         table = sincos_positions(grid_side(self.visual_tokens), width)
         if x.shape[-1] != width:
             axes = ("embed", "mlp")
-            x = dense(width, "kv_proj", self.dtype, axes, use_bias=False, kernel_init=_small_normal)(x)
+            x = dense(width, "kv_proj", self.dtype, axes, use_bias=False, kernel_init=small_normal)(x)
         x = self._norm("kv_norm")(x)
-        queries = self._norm("q_norm")(self._queries("queries", _small_normal)) + table.astype(self.dtype)
+        queries = self._norm("q_norm")(self._queries("queries", small_normal)) + table.astype(self.dtype)
         queries = jnp.broadcast_to(queries, (x.shape[0], *queries.shape))
         heads = self.num_heads or qwen_heads(width)
-        attention = MultiheadAttention(heads, self.dtype, _small_normal, name="attention")
+        attention = MultiheadAttention(heads, self.dtype, small_normal, name="attention")
         out = attention(queries, x + resize_grid(table, side).astype(self.dtype), x)
         init, axes = nn.initializers.normal(width**-0.5), ("mlp", "embed")
         project = dense(width, "proj", self.dtype, axes, use_bias=False, kernel_init=init)

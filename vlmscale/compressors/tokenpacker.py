@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from vlmscale.compressors.features import Features
 from vlmscale.compressors.grid import split_regions
 from vlmscale.compressors.mlp import normed_mlp, project
-from vlmscale.compressors.multihead import MultiheadAttention
+from vlmscale.compressors.multihead import MultiheadAttention, small_normal
 from vlmscale.layers import LayerNorm, dense
 
 
@@ -41,17 +41,17 @@ class TokenPacker(nn.Module):
             raise ValueError("TokenPacker reads the concatenated levels of the tower")
         batch, _, width = features.selected.shape
         grid = math.isqrt(self.visual_tokens)
-        init = nn.initializers.truncated_normal(0.02)
         k, v = (
-            split_regions(normed_mlp(features.levels, width, name, self.dtype, init), grid) for name in "kv"
+            split_regions(normed_mlp(features.levels, width, name, self.dtype, small_normal), grid)
+            for name in "kv"
         )
         coarse = downsample_bilinear(features.selected.astype(jnp.float32), grid).astype(self.dtype)
-        linear = dense(width, "q", self.dtype, ("embed", "mlp"), use_bias=False, kernel_init=init)
+        linear = dense(width, "q", self.dtype, ("embed", "mlp"), use_bias=False, kernel_init=small_normal)
         q = LayerNorm(1e-6, self.dtype, name="q_norm")(linear(coarse))
         q = q.reshape(batch * self.visual_tokens, 1, width)
-        mixed = MultiheadAttention(self.num_heads, self.dtype, init, name="attention")(q, k, v)
+        mixed = MultiheadAttention(self.num_heads, self.dtype, small_normal, name="attention")(q, k, v)
         mixed = mixed.reshape(batch, self.visual_tokens, width)
-        tokens = project(mixed, self.llm_width, self.dtype, init)
+        tokens = project(mixed, self.llm_width, self.dtype, small_normal)
         return tokens, jnp.ones(tokens.shape[:2], bool)
 
 

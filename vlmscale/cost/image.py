@@ -10,8 +10,12 @@ import jax
 import numpy as np
 
 from vlmscale.compressors import COMPRESSORS, make_compressor, parse_options
-from vlmscale.compressors.features import abstract_features, abstract_tower_params, tower_features
-from vlmscale.compressors.llava_mini import FusionText
+from vlmscale.compressors.features import (
+    FusionText,
+    abstract_features,
+    abstract_tower_params,
+    tower_features,
+)
 from vlmscale.config import Cell
 from vlmscale.cost import flops
 from vlmscale.cost.count import count_flops
@@ -32,7 +36,7 @@ def image_flops(cell: Cell, visual_tokens: int, text_tokens: int, query_tokens: 
 
     Args:
       cell: the config.
-      visual_tokens: tokens it gives; 0 for a blind model.
+      visual_tokens: tokens it gives, of an adaptive method their mean; 0 for a blind model.
       text_tokens: of the prompt, which a compressor that fuses the text runs over.
       query_tokens: of the question, which QueCC runs the LLM over.
     """
@@ -47,33 +51,40 @@ def image_flops(cell: Cell, visual_tokens: int, text_tokens: int, query_tokens: 
     return ImageFlops(tower_flops(TOWERS[cell.tower.name], needs), compressor, round(query))
 
 
-def sample_flops(
-    cell: Cell, vocab_size: int, text: float, targets: float, query: float, with_image: float
-) -> float:
+class Sample(NamedTuple):
+    """Means over training samples."""
+
+    text: float  # tokens of text
+    targets: float  # supervised tokens
+    query: float  # tokens of the question
+    with_image: float  # share of samples with an image
+
+
+def sample_flops(cell: Cell, vocab_size: int, sample: Sample, visual_tokens: float | None = None) -> float:
     """FLOPs of an average training sample.
 
     Forward, and twice that backward, for LLM and compressor; the tower is frozen and computed once in
     advance, and no gradient flows through the pass over the question. A method that trains many counts runs
-    the LLM for each of them in every step, or for the one drawn.
+    the LLM for each of them in every step, or for the one drawn; in the former case the gradient of what
+    the counts share is computed once for each.
 
     Args:
       cell: the config.
       vocab_size: rows of the head.
-      text: mean tokens of text.
-      targets: mean supervised tokens.
-      query: mean tokens of the question.
-      with_image: share of samples with an image.
+      sample: what is trained on.
+      visual_tokens: mean tokens of an image, of an adaptive method; None for the config's.
     """
-    size, largest = SIZES[cell.llm.name], cell.compressor.visual_tokens
+    size, largest, share = SIZES[cell.llm.name], cell.compressor.visual_tokens, sample.with_image
     method = COMPRESSORS[cell.compressor.name]
-    counts = method.nested(largest) if largest and method.nested is not None else (largest,)
-    passes = [
-        flops.decoder_flops(size, text + with_image * count, 0) + flops.head_flops(size, vocab_size, targets)
-        for count in counts
-    ]
+    counts: tuple[float, ...] = (largest if visual_tokens is None else visual_tokens,)
+    if largest and method.nested is not None:
+        counts = method.nested(largest)
+    head = flops.head_flops(size, vocab_size, sample.targets)
+    passes = [flops.decoder_flops(size, sample.text + share * count, 0) + head for count in counts]
     decoder = sum(passes) / (1 if method.trains_all else len(passes))
-    image = image_flops(cell, largest, round(text), query)
-    return 3 * (decoder + with_image * image.compressor) + with_image * image.query_pass
+    backward = 2 * len(counts) if method.trains_all else 2
+    image = image_flops(cell, round(max(counts)), round(sample.text), sample.query)
+    return 3 * decoder + share * ((1 + backward) * image.compressor + image.query_pass)
 
 
 @lru_cache(maxsize=64)

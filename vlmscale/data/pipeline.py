@@ -19,8 +19,8 @@ class Rows:
     """Training rows, the image each needs (-1: none), and the tower outputs by image.
 
     `features` maps a name ("selected", "levels", ...) to [images, ...] arrays, usually memory-mapped.
-    `queries` is whether batches hold the question as well. `spare` keeps rows without an image free of as
-    many tokens as an image takes, so that a row can be narrowed to any smaller image.
+    `queries` is whether batches hold the question as well. `spare` is how many tokens a row without an image
+    keeps free at least, so that it can be narrowed as one with an image can.
     """
 
     rows: list[Row]
@@ -28,16 +28,14 @@ class Rows:
     features: dict[str, np.ndarray]
     pad_id: int
     queries: bool = False
-    spare: bool = False
+    spare: int = 0
 
     @property
     def length(self) -> int:
         """Static row length T: the longest row, rounded up to a multiple of 8."""
         longest = max(len(row.tokens) for row in self.rows)
-        if self.spare:
-            slots = [int(row.image_slots.sum()) for row in self.rows]
-            text = max(len(row.tokens) - taken for row, taken in zip(self.rows, slots, strict=True))
-            longest = text + max(slots)
+        text = max(len(row.tokens) - int(row.image_slots.sum()) for row in self.rows)
+        longest = max(longest, text + self.spare if self.spare else 0)
         return -(-longest // 8) * 8
 
     @cached_property  # asked for with every row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ import jax
 import numpy as np
 
 from vlmscale import __version__
-from vlmscale.compressors import COMPRESSORS, label, parse_options, spoken
+from vlmscale.compressors import COMPRESSORS, label, parse_options
 from vlmscale.compressors.features import abstract_features, tower_features
-from vlmscale.config import Cell, evaluable_counts
+from vlmscale.config import Cell, check_evaluable
 from vlmscale.cost import flops
-from vlmscale.cost.image import image_flops, sample_flops
+from vlmscale.cost.image import Sample, image_flops, sample_flops
 from vlmscale.data.images import ImageError, decode_image
 from vlmscale.data.pipeline import in_order
 from vlmscale.data.records import Record, Turn
@@ -208,17 +208,24 @@ def _visual_counts(model: VLM, params: dict[str, Any], batch: dict[str, jax.Arra
     return model.apply({"params": params}, prompt_inputs(batch), method="visual_counts")
 
 
-def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> list[ResultRow]:
+def evaluate(
+    run: LoadedRun, tasks: list[str] | None, progress: Progress, visual_tokens: Sequence[int] = ()
+) -> list[ResultRow]:
     """Answer and score every item; writes answers/<task>.jsonl and result.jsonl.
 
     Args:
       run: a trained run.
       tasks: names to evaluate; None for all.
       progress: called with (items answered, items in all).
+      visual_tokens: counts to evaluate at, of a compressor that gives many; () for those of the config.
+
+    Returns:
+      The new rows. Others that result.jsonl holds, of other tasks or counts, stay there.
 
     Raises:
-      UserError: a task that the data does not have.
+      UserError: a task that the data does not have, or a count that the compressor does not give.
     """
+    check_evaluable(run.cell, "--visual-tokens", visual_tokens)
     split = run.prepared.eval_split
     items = make_items(*run.prepared.records(split), run.cell.evaluate.history)
     known = sorted({item.task for item in items})
@@ -226,43 +233,66 @@ def evaluate(run: LoadedRun, tasks: list[str] | None, progress: Progress) -> lis
         if task not in known:
             raise UserError(f"task {task}: the data of {run.path} has {', '.join(known)}")
     chosen = [item for item in items if tasks is None or item.task in tasks]
-    counts = run.cell.evaluate.visual_tokens or (run.cell.compressor.visual_tokens,)
+    counts = visual_tokens or run.cell.evaluate.visual_tokens or (run.cell.compressor.visual_tokens,)
     (run.path / "answers").mkdir(exist_ok=True)
     rows: list[ResultRow] = []
-    per_sample = training_flops(run)
+    sample = training_sample(run)
     for number, count in enumerate(counts):
 
         def tell(done: int, total: int, before: int = number) -> None:
             progress(before * total + done, len(counts) * total)
 
-        answered = answer_items(run, chosen, split, count, tell)
-        costs = Costs(count, heldout_loss(run, count), per_sample)
-        by_task: dict[str, list[tuple[Item, Said]]] = {}
-        for item, said in zip(chosen, answered, strict=True):
-            by_task.setdefault(item.task, []).append((item, said))
-        for task, answers in sorted(by_task.items()):
-            lines = [
-                json.dumps(
-                    {"id": item.id, "question": item.question, "answer": said.text, "truth": item.truth}
-                )
-                for item, said in answers
-            ]
-            name = task if len(counts) == 1 else f"{task}@{count}"
-            write_lines(run.path / "answers" / f"{name}.jsonl", lines)
-            rows.append(_row(run, split, answers, costs))
-    results, done = run.path / "result.jsonl", {row.task for row in rows}
-    others = [row for row in read_rows(results) if row["task"] not in done] if results.exists() else []
-    every = sorted(
-        others + [asdict(row) for row in rows], key=lambda row: (row["task"], row["visual_tokens"])
-    )
+        rows += _rows(
+            run,
+            split,
+            list(zip(chosen, answer_items(run, chosen, split, count, tell), strict=True)),
+            count,
+            sample,
+        )
+    nested = COMPRESSORS[run.cell.compressor.name].nested is not None
+
+    def key(row: dict[str, Any]) -> Any:
+        return (row["task"], row["visual_tokens"]) if nested else row["task"]
+
+    results, fresh = run.path / "result.jsonl", [asdict(row) for row in rows]
+    taken = {key(row) for row in fresh}
+    others = [row for row in read_rows(results) if key(row) not in taken] if results.exists() else []
+    every = sorted(others + fresh, key=lambda row: (row["task"], row["visual_tokens"]))
     write_lines(results, [json.dumps(row) for row in every])
+    return rows
+
+
+def _rows(
+    run: LoadedRun, split: str, answered: list[tuple[Item, Said]], visual_tokens: int, sample: Sample
+) -> list[ResultRow]:
+    """A row a task at one count; writes what was said."""
+    cell = run.cell
+    given = [said.visual_tokens for item, said in answered if item.image >= 0]
+    # Of an adaptive method the mean over pictures is its V, for tasks without pictures too.
+    mean_tokens = float(np.mean(given)) if given else float(visual_tokens)
+    trained = sample_flops(cell, run.prepared.tokenizer.get_vocab_size(), sample, mean_tokens)
+    costs = Costs(visual_tokens, mean_tokens, heldout_loss(run, visual_tokens), trained)
+    many = COMPRESSORS[cell.compressor.name].nested is not None and visual_tokens > 0
+    by_task: dict[str, list[tuple[Item, Said]]] = {}
+    for item, said in answered:
+        by_task.setdefault(item.task, []).append((item, said))
+    rows = []
+    for task, answers in sorted(by_task.items()):
+        lines = [
+            json.dumps({"id": item.id, "question": item.question, "answer": said.text, "truth": item.truth})
+            for item, said in answers
+        ]
+        name = f"{task}@{visual_tokens}" if many else task
+        write_lines(run.path / "answers" / f"{name}.jsonl", lines)
+        rows.append(_row(run, split, answers, costs))
     return rows
 
 
 class Costs(NamedTuple):
     """What the rows of all tasks share."""
 
-    visual_tokens: int
+    visual_tokens: int  # asked for: of an adaptive method the most
+    mean_tokens: float
     heldout_loss: float | None
     per_sample: float  # training FLOPs of an average sample
 
@@ -274,12 +304,12 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, Said]], costs: C
     scores = [SCORERS[SCORER](said.text, item.truth) for item, said in answered]
     prompts = [len(template.prompt(item.question, item.history)) for item, _ in answered]
     text, generated = float(np.mean(prompts)), float(np.mean([said.tokens for _, said in answered]))
-    # Of an adaptive method the mean over pictures is its V; questions without one cost no visual tokens.
+    # Questions without a picture cost no visual tokens.
     given = [said.visual_tokens for item, said in answered if item.image >= 0]
-    mean_tokens = float(np.mean(given)) if given else float(visual_tokens)
+    mean_tokens = float(np.mean(given)) if given else costs.mean_tokens
     with_image = len(given) / len(answered)
     queries = [len(template.query(first_question(item))) for item, _ in answered]
-    image = image_flops(cell, visual_tokens, round(text), float(np.mean(queries)))
+    image = image_flops(cell, round(mean_tokens), round(text), float(np.mean(queries)))
     prompt = text + mean_tokens * with_image
     llm_flops = flops.inference_flops(llm, vocab, prompt, generated)
     cached = prompt + generated - 1  # the last token is not fed back
@@ -358,15 +388,15 @@ def heldout_loss(run: LoadedRun, visual_tokens: int) -> float | None:
     return mean_loss(lambda batch: sums(run.params, batch | constants), in_order(rows, HELDOUT_BATCH))
 
 
-def training_flops(run: LoadedRun) -> float:
-    """FLOPs of an average training sample (padding is not counted as work)."""
+def training_sample(run: LoadedRun) -> Sample:
+    """The average training sample; padding is not counted."""
     rows = run.prepared.rows("train", run.cell).rows
-    text = float(np.mean([len(row.tokens) - row.image_slots.sum() for row in rows]))
-    with_image = float(np.mean([row.image_slots.any() for row in rows]))
-    targets = float(np.mean([len(row.target_ids) for row in rows]))
-    query = float(np.mean([len(row.query) for row in rows]))
-    vocab = run.prepared.tokenizer.get_vocab_size()
-    return sample_flops(run.cell, vocab, text, targets, query, with_image)
+    return Sample(
+        text=float(np.mean([len(row.tokens) - row.image_slots.sum() for row in rows])),
+        targets=float(np.mean([len(row.target_ids) for row in rows])),
+        query=float(np.mean([len(row.query) for row in rows])),
+        with_image=float(np.mean([row.image_slots.any() for row in rows])),
+    )
 
 
 def answer_one(
@@ -386,8 +416,8 @@ def answer_one(
     """
     check_prompt(prompt)
     cell, template = run.cell, run.prepared.template
-    if visual_tokens is not None and visual_tokens not in (known := evaluable_counts(cell)):
-        raise UserError(f"--visual-tokens {visual_tokens}: this {cell.compressor.name} gives {spoken(known)}")
+    if visual_tokens is not None:
+        check_evaluable(cell, "--visual-tokens", [visual_tokens])
     ids = template.prompt(prompt.strip())
     slots = visual_tokens or cell.compressor.visual_tokens
     batch: dict[str, Any] = prompt_batch([ids], [image is not None], template, slots, len(ids) + slots)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from vlmscale.attention import split_rows
 from vlmscale.compressors import COMPRESSORS, Features, make_compressor
-from vlmscale.compressors.llava_mini import FusionText
+from vlmscale.compressors.features import FusionText
 from vlmscale.models.decoder import Decoder, KVCache
 from vlmscale.models.sizes import DecoderSize, TowerSize
 
@@ -24,7 +24,8 @@ class Inputs(NamedTuple):
         V slots or none.
       positions: [B, T] int32, counted from 0 inside each segment.
       segment_ids: [B, T] int32, 0 where there is padding; packed rows hold several samples.
-      features: tower outputs of the images; None for a blind model or where no row has an image.
+      features: tower outputs of the images; None for a blind model or where no row has an image, but then
+        not for a method that fuses the text.
       query_tokens: [N, Q] int32, right-padded ids of the question about each image, where it is embedded.
       query_length: [N] int32, how many of them are no padding.
       text_query: [N, 1, D] those embeddings, where they are known already (`VLM.embed_query`).
@@ -102,9 +103,11 @@ class VLM(nn.Module):
         """
         embeddings = self.decoder.embed(inputs.tokens)
         positions, segment_ids = inputs.positions, inputs.segment_ids
+        method = COMPRESSORS[self.compressor_name]
+        if inputs.features is None and self.visual_tokens and method.text == "fusion":
+            raise ValueError(f"{self.compressor_name} fuses the text also without an image: give features")
         if not self.visual_tokens or inputs.features is None:
             return Embedded(embeddings, positions, segment_ids, False)
-        method = COMPRESSORS[self.compressor_name]
         if method.text == "fusion":
             text = _fusion_text(inputs, embeddings)
             visual, valid, embeddings = self.compressor.fuse(inputs.features, text)
@@ -154,12 +157,9 @@ class VLM(nn.Module):
 
     def visual_counts(self, inputs: Inputs) -> jax.Array:
         """How many tokens each image gives: [N] int32, of which only an adaptive method's differ."""
-        _, valid = self.compressor(inputs.features, self._query(inputs) if self._reads_query else None)
+        query = self._query(inputs) if COMPRESSORS[self.compressor_name].text == "query" else None
+        _, valid = self.compressor(inputs.features, query)
         return jnp.sum(valid, axis=1)
-
-    @property
-    def _reads_query(self) -> bool:
-        return COMPRESSORS[self.compressor_name].text == "query"
 
     def prefill(self, inputs: Inputs, slots: int) -> tuple[jax.Array, KVCache, jax.Array]:
         """Run the prompts into a new cache. Needs the "loop" layout, as `decode` does.

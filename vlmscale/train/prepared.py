@@ -109,7 +109,7 @@ class Prepared:
             self.features(split, cell),
             template.pad,
             queries=cell.compressor.visual_tokens > 0 and method.text == "query",
-            spare=method.trains_all,
+            spare=cell.compressor.visual_tokens if method.trains_all else 0,
         )
 
 
@@ -343,7 +343,9 @@ def _needed_params(weights: Path, name: str, needs: frozenset[str]) -> dict[str,
 
 def _key(cell: Cell, weights: Path, needs: frozenset[str]) -> str:
     """Hash of all that the directory's content depends on."""
-    parts = identity(cell.data) | {"needs": sorted(needs), "tower": cell.tower.name}
+    parts = identity(cell.data) | {"levels": "levels" in needs, "tower": cell.tower.name}
+    if more := sorted(needs - {"levels"}):  # apart, so that directories of earlier versions stay good
+        parts["needs"] = more
     parts["weights"] = content_sha256("tower.checkpoint", weights, directory=True)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
