@@ -195,3 +195,25 @@ def test_attention_stays_float32_in_bfloat16() -> None:
         "mean_attention": "float32",
         "class_attention": "float32",
     }
+
+
+def test_shuffled_heads_give_the_same_scores(models: dict[str, PreTrainedModel]) -> None:
+    size, images = SIZES["clip"], noise(24, 24)
+    params = params_of(models["clip"], size)
+    order = np.roll(np.arange(size.num_heads), 1)
+    block = f"block_{size.select_layer - 1}"
+
+    def shuffled(path: Any, leaf: jax.Array) -> jax.Array:
+        names = tuple(part.key for part in path)
+        if names[:2] != (block, "attention") or names[2:] == ("o", "bias"):
+            return leaf
+        axis = 0 if names[2] == "o" else -1
+        heads = jnp.split(leaf, size.num_heads, axis)
+        return jnp.concatenate([heads[head] for head in order], axis)
+
+    other = jax.tree_util.tree_map_with_path(shuffled, params)
+    needs = frozenset({"class_attention", "mean_attention", "keys"})
+    run = jax.jit(partial(tower_features, size, needs=needs))
+    wanted, made = run(params, pixels=images), run(other, pixels=images)
+    for name in ("class_attention", "mean_attention", "selected"):
+        np.testing.assert_allclose(made[name], wanted[name], atol=1e-6)
