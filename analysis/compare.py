@@ -115,7 +115,7 @@ def _points(tables: list[Table], llm_name: str, groups: tuple[str, ...]) -> tupl
 
 
 def _interval(error: float, noise: float) -> tuple[float, float] | None:
-    if not math.isfinite(noise):
+    if not math.isfinite(noise) or noise == 0:  # all items right or all wrong: nothing to tell the noise by
         return None
     return max(0.0, error - _Z * noise), min(1.0, error + _Z * noise)
 

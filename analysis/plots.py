@@ -340,7 +340,10 @@ def _flops_axis(axes: Axes, price: list[float]) -> None:
     reach = max(high / low, 1.2) ** 0.06
     log_axis(axes, "x", low / reach, high * reach)
     if high / low < 6:  # less than a decade has too few round powers: even steps, which read as well
-        ticks = [x for x in MaxNLocator(6).tick_values(low, high) if low / reach <= x <= high * reach]
+        ticks: list[float] = []
+        for x in MaxNLocator(6).tick_values(low, high):
+            if low / reach <= x <= high * reach and (not ticks or x / ticks[-1] > (high / low) ** 0.12):
+                ticks.append(float(x))
         axes.xaxis.set_ticks(ticks)
         axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: flops(x).removesuffix("FLOP").replace(" ", "")))

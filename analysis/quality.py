@@ -184,7 +184,7 @@ def _tiny_scores(rows: list[Row]) -> list[str]:
     return [
         f"{group}: all scores with an image are below 0.01: percentages divided by 100 twice?"
         for group, score in highest.items()
-        if score < 0.01
+        if 0 < score < 0.01
     ]
 
 

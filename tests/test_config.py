@@ -96,7 +96,7 @@ def test_wrong_types_are_refused_on_one_line(word: str) -> None:
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        ("compressor.visual_tokens", 24, "pool on a 8x8 patch grid gives 1, 4, 9, 16, 25, 36, 49, 64"),
+        ("compressor.visual_tokens", 24, "pool on 8x8 patches gives 1, 4, 9, 16, 25, 36, 49, 64"),
         ("compressor.visual_tokens", -1, "gives 1, 4, 9, 16"),
         ("compressor.name", "pol", "nearest is pool .known: mlp, pool, m3, tokenpacker"),
         ("llm.name", "toy-135", "nearest is toy-135k"),
@@ -193,13 +193,13 @@ def test_options_count_by_what_they_say() -> None:
         ("options=place=after", "pool has no option 'place'; the nearest is placement .known: placement"),
         ("options=placement", "placement=: pool knows"),
         ("options=placement=after,placement=after", "placement is given twice"),
-        ("name=quecc options=placement=after", "quecc has no option 'placement'; quecc has none"),
+        ("name=quecc options=placement=after", "quecc has no option 'placement'; that belongs to pool"),
         (
             "name=fastervlm options=score=class",
             "reads a class token, which this tower lacks; take score=mean",
         ),
-        ("name=tokenpacker visual_tokens=9", "tokenpacker on a 8x8 patch grid gives 1, 4, 16, 64"),
-        ("name=vistog visual_tokens=65", "vistog on a 8x8 patch grid gives 1 to 64"),
+        ("name=tokenpacker visual_tokens=9", "tokenpacker on 8x8 patches gives 1, 4, 16, 64"),
+        ("name=vistog visual_tokens=65", "vistog on 8x8 patches gives 1 to 64"),
     ],
 )
 def test_impossible_compressors_are_refused(words: str, said: str) -> None:
@@ -212,7 +212,7 @@ def test_impossible_compressors_are_refused(words: str, said: str) -> None:
 @pytest.mark.parametrize(
     "name, asked, said",
     [
-        ("pool", "(1,4)", "one pool model gives one count; many are given by m3, mqt"),
+        ("pool", "(1,4)", "one pool model gives one count, here 16; many are given by m3, mqt"),
         ("m3", "(1,9)", "9: this m3 gives 1, 4, 16"),
         ("mqt", "(1,17)", "17: this mqt gives 1 to 16"),
         ("mqt", "(0,)", "0: this mqt gives 1 to 16"),

@@ -15,7 +15,8 @@ import pytest
 from tests.integration.tiny import SCENES, lines, train
 from tests.pretrained import save_llava
 from vlmscale.cli import main
-from vlmscale.compressors import COMPRESSORS, Features, check_count, make_compressor
+from vlmscale.compressors import COMPRESSORS, Features, Method, check_count, make_compressor
+from vlmscale.compressors.grid import square_divisors
 from vlmscale.errors import UserError
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -38,7 +39,9 @@ def test_the_compressor_of_the_guide_is_one_file_and_one_entry(tmp_path: Path, m
     monkeypatch.setitem(sys.modules, added.__name__, added)
     exec(module, vars(added))
     try:
-        exec(entry, {})
+        scope = {"Method": Method, "square_divisors": square_divisors}
+        exec(entry, scope)
+        COMPRESSORS.update(scope["COMPRESSORS"])
         _use_the_added_method(tmp_path)
     finally:
         del COMPRESSORS["max_pool"]
@@ -61,5 +64,5 @@ def _use_the_added_method(tmp_path: Path) -> None:
     rows = lines(tmp_path / "run" / "result.jsonl")
     assert {row["compressor"] for row in rows} == {"max_pool:add_mean=yes"}
     assert all(row["compressor_flops"] > 0 for row in rows)
-    with pytest.raises(UserError, match="max_pool on a 8x8 patch grid gives 1, 4, 16, 64"):
+    with pytest.raises(UserError, match="max_pool on 8x8 patches gives 1, 4, 16, 64"):
         check_count("max_pool", 9, 8)

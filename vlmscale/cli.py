@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR")
     evaluate.add_argument("--tasks", help="comma-separated names (default all)")
     evaluate.add_argument(
-        "--visual-tokens", default="", help="counts such as 1,4,16, of a compressor that gives many"
+        "--visual-tokens",
+        default="",
+        help="counts such as 1,4,16, of a compressor that gives many (m3, mqt); rows of others stay",
     )
     evaluate.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else on stdout"
@@ -145,7 +148,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument(
         "--visual-tokens",
         type=int,
-        help="tokens of the image, for a --run whose compressor gives many counts",
+        help="tokens of the image, of a --run whose compressor gives many counts (m3, mqt)",
     )
     generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     generate.add_argument("--top-p", type=float, help="nucleus to sample from (default all)")
@@ -291,11 +294,14 @@ def _sweep_status(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.json:
         print(json.dumps({"cells": rows}))
         return 0
+    width = max((len(row["cell"]) for row in rows), default=0)
     for row in rows:
         print(
-            f"{row['cell_id']}  {row['cell']:18} {row['state']:9} {row['step']:>6}/{row['steps']:<6} "
+            f"{row['cell_id']}  {row['cell']:{width}} {row['state']:9} {row['step']:>6}/{row['steps']:<6} "
             f"attempts {row['attempts']}  {row['last_error'] or ''}"
         )
+    states = Counter(row["state"] for row in rows)
+    print(f"{len(rows)} cells: {', '.join(f'{count} {state}' for state, count in states.most_common())}")
     return 0
 
 
@@ -344,7 +350,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--visual-tokens {arguments.visual_tokens}: counts such as 1,4,16") from None
     run = load_run(arguments.run_dir)
     rows = evaluate(run, tasks, lambda done, total: bar("answering", done, total), counts)
-    if tasks is None:
+    if tasks is None and not counts:  # else what the config asks for may still be missing
         Status(arguments.run_dir).update(state="done")
     if arguments.json:
         print(
@@ -461,6 +467,11 @@ def _data_scenes(arguments: argparse.Namespace, overrides: list[str]) -> int:
             raise UserError(f"--{split}={count}: must be above 0")
     for path in export(arguments.out, sizes, arguments.seed).values():
         print(f"wrote {path} (images below {arguments.out / 'images'})")
+    out = arguments.out
+    print(
+        "train on it: vlmscale train --config configs/llava_tiny.py "
+        f"--config.data.records={out}/train.json --config.data.images={out}/images --out RUN"
+    )
     return 0
 
 

@@ -263,22 +263,11 @@ def validate(cell: Cell) -> None:
 def _check_compressor(cell: Cell) -> None:
     compressor, tower = cell.compressor, TOWERS[cell.tower.name]
     options, method = parse_options(compressor.name, compressor.options), COMPRESSORS[compressor.name]
-    asked = cell.evaluate.visual_tokens
+    check_evaluable(cell, "evaluate.visual_tokens", cell.evaluate.visual_tokens)
     if not compressor.visual_tokens:
-        if asked:
-            raise UserError(f"evaluate.visual_tokens={asked}: a blind model has no visual tokens")
         return
     check_count(compressor.name, compressor.visual_tokens, tower.grid)
     method.needs(tower, options)  # refuses what this tower cannot give
-    if not asked:
-        return
-    if method.nested is None:
-        many = [name for name, row in COMPRESSORS.items() if row.nested is not None]
-        raise UserError(
-            f"evaluate.visual_tokens={asked}: one {compressor.name} model gives one count; "
-            f"many are given by {', '.join(many)}"
-        )
-    check_evaluable(cell, "evaluate.visual_tokens", asked)
 
 
 def check_evaluable(cell: Cell, option: str, asked: Sequence[int]) -> None:
@@ -290,10 +279,22 @@ def check_evaluable(cell: Cell, option: str, asked: Sequence[int]) -> None:
     known = evaluable_counts(cell)
     for count in asked:
         if type(count) is not int or count not in known:
-            gives = spoken(known) if known[-1] else "no visual tokens, for it was trained without pictures"
-            raise UserError(f"{option}: {count!r}: this {cell.compressor.name} gives {gives}")
+            raise UserError(f"{option}: {count!r}: {_gives(cell, known)}")
     if len(set(asked)) < len(asked):
         raise UserError(f"{option}={asked}: names a count twice")
+
+
+def _gives(cell: Cell, known: list[int]) -> str:
+    name, many = (
+        cell.compressor.name,
+        [row for row, method in COMPRESSORS.items() if method.nested is not None],
+    )
+    if not known[-1]:
+        return "a blind model has no visual tokens"
+    if len(known) > 1 or name in many:
+        return f"this {name} gives {spoken(known)}"
+    most = "at most " if COMPRESSORS[name].adaptive(parse_options(name, cell.compressor.options)) else ""
+    return f"one {name} model gives one count, here {most}{known[0]}; many are given by {', '.join(many)}"
 
 
 def evaluable_counts(cell: Cell) -> list[int]:

@@ -78,11 +78,14 @@ compressor = load_file("compressor.safetensors")
 ```
 
 - `llm`: a prompt holds `{image}` {tokens} times{fewer}; the compressor's output takes the place of its
-  embeddings{fused}.
+  embeddings{fused}.{asked}
 - `tower`: the compressor reads number {selected} of its `hidden_states`{less}{needs}.
 - `compressor.safetensors`: parameters as {module} names them, each `kernel` as
   [inputs, outputs]. `vlmscale generate --run` answers with the run that this was made from.
 """
+_ASKED = """
+- The compressor reads the question too: the last hidden state of `llm`, behind its final norm, at the last
+  token of the conversation's first question, which is run by itself, without template and answer."""
 _NEEDS = {  # the fields of `Features`, for a reader who has the tower in transformers
     "levels": "numbers {levels} side by side along the channel",
     "keys": "the keys of layer {behind}, all heads side by side, before they are scaled",
@@ -158,5 +161,8 @@ def of_parts(run: LoadedRun) -> str:
         needs="".join(f"; {_NEEDS[need].format(block=block, **about)}" for need in sorted(needs)),
         module=f"{COMPRESSORS[compressor.name].build.__module__.replace('.', '/')}.py",
         fewer="" if _counts(run.cell) == str(compressor.visual_tokens) else " at most",
-        fused=", and it rewrites those of the text before" if method.text == "fusion" else "",
+        asked=_ASKED if method.text == "query" else "",
+        fused=", and it rewrites those of the prompt's text, before the LLM reads them"
+        if method.text == "fusion"
+        else "",
     )

@@ -207,5 +207,5 @@ def test_a_count_that_a_method_cannot_give_is_refused_with_those_that_work(name:
     for count in (counts[0], counts[-1]):
         check_count(name, count, side)
     wrong = next(count for count in range(2, side * side + 3) if count not in counts)
-    with pytest.raises(UserError, match=f"visual_tokens={wrong}: {name} on a {side}x{side} .*{counts[-1]}"):
+    with pytest.raises(UserError, match=f"visual_tokens={wrong}: {name} on {side}x{side} .*{counts[-1]}"):
         check_count(name, wrong, side)

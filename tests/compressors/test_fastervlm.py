@@ -89,7 +89,7 @@ def test_scores_are_what_the_option_says(params: Any) -> None:
 
 def test_every_count_up_to_the_patches_works() -> None:
     assert COMPRESSORS["fastervlm"].counts(SIDE) == list(range(1, 17))
-    with pytest.raises(UserError, match="fastervlm on a 4x4 patch grid gives 1 to 16"):
+    with pytest.raises(UserError, match="fastervlm on 4x4 patches gives 1 to 16"):
         check_count("fastervlm", 17, SIDE)
 
 

@@ -135,7 +135,7 @@ def test_every_method_gives_as_many_tokens_as_it_says(name: str, style: str) -> 
 
 
 def test_counts_that_do_not_work_are_refused_with_those_that_do() -> None:
-    said = r"visual_tokens=25: tokenpacker on a 6x6 patch grid gives 1, 4, 9, 36"
+    said = r"visual_tokens=25: tokenpacker on 6x6 patches gives 1, 4, 9, 36"
     with pytest.raises(UserError, match=said):
         check_count("tokenpacker", 25, SIDE)
     check_count("pool", 25, SIDE)

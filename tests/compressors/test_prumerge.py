@@ -320,7 +320,7 @@ def test_the_projector_gets_a_gradient(random_params: Callable[..., Any]) -> Non
 def test_counts_and_options_of_the_table() -> None:
     for name in NAMES:
         assert COMPRESSORS[name].counts(3) == list(range(1, 11))
-        with pytest.raises(UserError, match=f"{name} on a 8x8 patch grid gives 1 to 65"):
+        with pytest.raises(UserError, match=f"{name} on 8x8 patches gives 1 to 65"):
             check_count(name, 66, 8)
         assert not COMPRESSORS[name].adaptive(parse_options(name, "count=fixed"))
         assert COMPRESSORS[name].adaptive(parse_options(name, "count=adaptive,score=mean"))

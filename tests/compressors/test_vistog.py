@@ -223,7 +223,7 @@ def test_bfloat16_is_close() -> None:
 def test_it_gives_any_number_up_to_the_patches_and_needs_the_tower() -> None:
     for count in (1, 7, 64):
         check_count("vistog", count, 8)
-    with pytest.raises(UserError, match="vistog on a 8x8 patch grid gives 1 to 64"):
+    with pytest.raises(UserError, match="vistog on 8x8 patches gives 1 to 64"):
         check_count("vistog", 65, 8)
     _, features = tower_of(SIGLIP)
     for lacking in (features._replace(stack=None), features._replace(tower=None)):

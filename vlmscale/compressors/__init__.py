@@ -141,12 +141,16 @@ def parse_options(name: str, text: str) -> dict[str, str]:
     Raises:
       UserError: naming the option or the value and what works.
     """
+    if name not in COMPRESSORS:  # of a run that a version with more methods trained, say
+        raise UserError(f"compressor.name={name}: unknown here (known: {', '.join(COMPRESSORS)})")
     known, chosen = COMPRESSORS[name].options, {}
     for word in filter(None, (part.strip() for part in text.split(","))):
         key, _, value = word.partition("=")
         if key not in known:
+            owners = [other for other, method in COMPRESSORS.items() if key in method.options]
             near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
-            hint = f"the nearest is {near[0]} (known: {', '.join(known)})" if near else f"{name} has none"
+            hint = f"the nearest is {near[0]} (known: {', '.join(known)})" if near else "it has none"
+            hint = f"that belongs to {', '.join(owners)}" if owners else hint
             raise UserError(f"compressor.options: {name} has no option {key!r}; {hint}")
         if value not in known[key]:
             raise UserError(
@@ -172,7 +176,7 @@ def check_count(name: str, visual_tokens: int, side: int) -> None:
     counts = COMPRESSORS[name].counts(side)
     if visual_tokens not in counts:
         raise UserError(
-            f"compressor.visual_tokens={visual_tokens}: {name} on a {side}x{side} patch grid gives "
+            f"compressor.visual_tokens={visual_tokens}: {name} on {side}x{side} patches gives "
             f"{spoken(counts)} (or 0 for a blind model)"
         )
 

@@ -91,10 +91,24 @@ def open_run(cell: Cell, run: Path, data: Path, sweep: str) -> None:
     make_directory(run)
     spec, own = run / "spec.json", cell_id(cell)
     trained = (run / "done.json").exists() or Checkpoints.any_in(run)
-    if spec.exists() and trained and (known := read_json(spec)["cell_id"]) != own:
-        raise UserError(f"{run}: holds cell {known}, this config is cell {own}; choose another --out")
+    if spec.exists() and trained and (known := read_json(spec))["cell_id"] != own:
+        raise UserError(
+            f"{run}: holds cell {known['cell_id']}, this config is cell {own}"
+            f"{_differences(known['config'], to_dict(cell))}; choose another --out"
+        )
     where = os.path.relpath(data.resolve(), run.resolve())
     write_json(spec, {"cell_id": own, "sweep": sweep, "data": where, "config": to_dict(cell)})
+
+
+def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The first keys in which two configs differ, for a message."""
+    found = [
+        f"{part}.{name} is {known.get(part, {}).get(name)} there and {value} here"
+        for part, values in wanted.items()
+        for name, value in values.items()
+        if known.get(part, {}).get(name, value) != value
+    ]
+    return f" ({', '.join(found[:3])})" if found else ""
 
 
 @contextmanager
@@ -236,9 +250,8 @@ def _loop(run: Run, state: TrainState, step: int, stream: Iterator[Batch]) -> Tr
             run.checkpoints.save(step, state)
         if stopping and not last:
             run.checkpoints.wait()
-            raise PreemptedError(
-                f"stopped by signal {run.signals.received} at step {step}; saved, run again to go on"
-            )
+            name = signal.Signals(run.signals.received).name
+            raise PreemptedError(f"stopped by {name} at step {step}; saved, run again to go on")
     return state
 
 
