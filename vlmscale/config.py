@@ -198,7 +198,8 @@ def _check_override(word: str) -> None:
     key = key.removeprefix("--config.")
     known = [name for name, _, _ in leaves(Cell())]
     if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        near = [name for name in known if name.endswith(f".{key}")]  # only its part is missing
+        near += difflib.get_close_matches(key, known, n=1, cutoff=0.0)
         raise UserError(f"unknown config key {key}; the nearest is {near[0]}")
 
 

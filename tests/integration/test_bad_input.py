@@ -53,7 +53,7 @@ def train_words(out: Path, *more: str, config: str = SCENES) -> list[str]:
         ("--config.train.steps=0", ["train.steps=0", "above 0"]),
         ("--config.train.warmup_steps=99", ["train.warmup_steps=99", "below train.steps"]),
         ("--config.train.weight_decay=-1", ["train.weight_decay"]),
-        ("--config.compressor.visual_tokens=5", ["visual_tokens=5", "1, 4, 16, 64"]),
+        ("--config.compressor.visual_tokens=5", ["visual_tokens=5", "1, 4, 9, 16"]),
         ("--config.compressor.name=poll", ["nearest is pool"]),
         ("--config.llm.name=toy-14K", ["nearest is toy-14k"]),
         ("--config.data.source=llava", ["data.records"]),
@@ -97,7 +97,7 @@ def test_a_config_file_that_cannot_be_used(
 def test_a_config_file_that_is_not_there_or_takes_another_argument(tmp_path: Path, capsys: Capture) -> None:
     refused(train_words(tmp_path / "run", config="nope.py"), capsys, "nope.py", "no such file")
     words = train_words(tmp_path / "run", config="configs/scenes_tiny.py:toy-14k")
-    refused(words, capsys, "scenes_tiny.py", "not enough values to unpack")
+    refused(words, capsys, "scenes_tiny.py", "its argument is LLM,VISUAL_TOKENS")
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_a_sweep_runs_and_is_done(
         assert (cell["state"], cell["step"], cell["steps"]) == ("done", 20, 20)
         assert (cell["attempts"], cell["last_error"]) == (1, None)
     assert main(["sweep", "status", str(out)]) == 0
-    assert capsys.readouterr().out.count("done") == 2
+    assert "2 cells: 2 done" in capsys.readouterr().out
 
     assert main([*command, "--config.train.seed=3"]) == 2
     assert "choose another --out" in capsys.readouterr().err
