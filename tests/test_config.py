@@ -199,6 +199,8 @@ def test_options_count_by_what_they_say() -> None:
             "reads a class token, which this tower lacks; take score=mean",
         ),
         ("name=tokenpacker visual_tokens=9", "tokenpacker on 8x8 patches gives 1, 4, 16, 64"),
+        ("name=m3 visual_tokens=-1", "m3 on 8x8 patches gives 1, 4, 9"),
+        ("name=mqt visual_tokens=-4", "mqt on 8x8 patches gives 1, 4, 9"),
         ("name=vistog visual_tokens=65", "vistog on 8x8 patches gives 1 to 64"),
     ],
 )

@@ -263,12 +263,11 @@ def validate(cell: Cell) -> None:
 
 def _check_compressor(cell: Cell) -> None:
     compressor, tower = cell.compressor, TOWERS[cell.tower.name]
-    options, method = parse_options(compressor.name, compressor.options), COMPRESSORS[compressor.name]
+    options = parse_options(compressor.name, compressor.options)
+    if compressor.visual_tokens:
+        check_count(compressor.name, compressor.visual_tokens, tower.grid)
+        COMPRESSORS[compressor.name].needs(tower, options)  # refuses what this tower cannot give
     check_evaluable(cell, "evaluate.visual_tokens", cell.evaluate.visual_tokens)
-    if not compressor.visual_tokens:
-        return
-    check_count(compressor.name, compressor.visual_tokens, tower.grid)
-    method.needs(tower, options)  # refuses what this tower cannot give
 
 
 def check_evaluable(cell: Cell, option: str, asked: Sequence[int]) -> None:

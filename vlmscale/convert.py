@@ -232,9 +232,10 @@ def export_run(run: LoadedRun, out: Path, dtype: str | None) -> list[Path]:
 def _is_llava(cell: Cell) -> bool:
     """Whether transformers' LLaVA can be the run: its projector, behind equal windows or none."""
     compressor = cell.compressor
-    if compressor.name == "pool" and not parse_options("pool", compressor.options):
-        return TOWERS[cell.tower.name].grid % math.isqrt(compressor.visual_tokens) == 0
-    return compressor.name == "mlp"
+    if compressor.name == "pool":
+        equal = TOWERS[cell.tower.name].grid % math.isqrt(compressor.visual_tokens) == 0
+        return equal and not parse_options("pool", compressor.options)
+    return compressor.name in hf_config.LLAVA_COMPRESSORS
 
 
 def _export_llava(

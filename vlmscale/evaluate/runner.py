@@ -177,16 +177,8 @@ def embed_queries(run: LoadedRun, model: VLM, questions: list[str]) -> np.ndarra
     for row, query in enumerate(ids):
         tokens[row, : len(query)] = query
     lengths = np.array([len(query) for query in ids], np.int32)
-    known = np.concatenate(
-        [
-            np.asarray(
-                _embed_query(
-                    model, run.params, tokens[start : start + _QUERIES], lengths[start : start + _QUERIES]
-                )
-            )
-            for start in range(0, len(ids), _QUERIES)
-        ]
-    )
+    parts = [slice(start, start + _QUERIES) for start in range(0, len(ids), _QUERIES)]
+    known = np.concatenate([_embed_query(model, run.params, tokens[part], lengths[part]) for part in parts])
     return known[[distinct[question] for question in questions]]
 
 
@@ -242,13 +234,8 @@ def evaluate(
         def tell(done: int, total: int, before: int = number) -> None:
             progress(before * total + done, len(counts) * total)
 
-        rows += _rows(
-            run,
-            split,
-            list(zip(chosen, answer_items(run, chosen, split, count, tell), strict=True)),
-            count,
-            sample,
-        )
+        said = answer_items(run, chosen, split, count, tell)
+        rows += _rows(run, split, list(zip(chosen, said, strict=True)), count, sample)
     nested = COMPRESSORS[run.cell.compressor.name].nested is not None
 
     def key(row: dict[str, Any]) -> Any:
@@ -378,11 +365,8 @@ def heldout_loss(run: LoadedRun, visual_tokens: int) -> float | None:
         lines = (run.path / "metrics.jsonl").read_text().splitlines()
         logged = [line["heldout_loss"] for line in map(json.loads, lines) if "heldout_loss" in line]
         return logged[-1] if logged else None
-    compressor = replace(cell.compressor, visual_tokens=visual_tokens)
-    rows, constants = (
-        prepared.rows("validation", replace(cell, compressor=compressor)),
-        prepared.constants(cell),
-    )
+    smaller = replace(cell, compressor=replace(cell.compressor, visual_tokens=visual_tokens))
+    rows, constants = prepared.rows("validation", smaller), prepared.constants(cell)
     model = build_model(cell, prepared.manifest["vocab_size"], "loop", visual_tokens)
     sums = jax.jit(lambda params, batch: plain_loss_sum(model, params, batch))
     return mean_loss(lambda batch: sums(run.params, batch | constants), in_order(rows, HELDOUT_BATCH))

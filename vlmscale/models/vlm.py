@@ -44,6 +44,13 @@ class Inputs(NamedTuple):
     answers: jax.Array | None = None
     visual_count: jax.Array | None = None
 
+    @property
+    def of_image(self) -> jax.Array:
+        """[B, T, I] bool, which slots are whose."""
+        assert self.features is not None
+        per_row = self.features.selected.shape[0] // self.tokens.shape[0]
+        return _of_image(self.image_slots, per_row)
+
 
 class Embedded(NamedTuple):
     """A batch as the decoder reads it; `holes` is whether slots may have been left empty."""
@@ -211,7 +218,7 @@ def splice(
     """
     (rows, _, width), (images, tokens) = embeddings.shape, valid.shape
     per_row = images // rows
-    image, rank = image_slots.astype(jnp.int32), _rank(image_slots, per_row)
+    image, rank = image_slots.astype(jnp.int32), _rank(_of_image(image_slots, per_row))
     order = jnp.clip((image - 1) * tokens + rank, 0, per_row * tokens - 1)
     spread = jnp.take_along_axis(visual.reshape(rows, per_row * tokens, width), order[:, :, None], axis=1)
     filled = jnp.take_along_axis(valid.reshape(rows, per_row * tokens), order, axis=1) & (image > 0)
@@ -220,9 +227,13 @@ def splice(
     return jnp.where(filled[:, :, None], spread.astype(embeddings.dtype), embeddings), filled
 
 
-def _rank(image_slots: jax.Array, per_row: int) -> jax.Array:
-    """Which slot of its image each slot is: [B, T] to int32 [B, T], 0 for text."""
-    mine = image_slots.astype(jnp.int32)[:, :, None] == jnp.arange(1, per_row + 1)
+def _of_image(image_slots: jax.Array, per_row: int) -> jax.Array:
+    """Which slots belong to which of a row's images: [B, T] to bool [B, T, I]."""
+    return image_slots.astype(jnp.int32)[:, :, None] == jnp.arange(1, per_row + 1)
+
+
+def _rank(mine: jax.Array) -> jax.Array:
+    """Which slot of its image each slot is: [B, T, I] bool to int32 [B, T], 0 for text."""
     return jnp.sum(jnp.where(mine, jnp.cumsum(mine, axis=1) - 1, 0), axis=-1)
 
 
@@ -262,11 +273,10 @@ def narrow(
     Returns:
       Inputs of T - (visual_tokens - count) tokens, or of T, and their target positions.
     """
-    assert inputs.features is not None
-    per_row = inputs.features.selected.shape[0] // inputs.tokens.shape[0]
-    kept = _rank(inputs.image_slots, per_row) < count
+    mine = inputs.of_image
+    kept = _rank(mine) < count
     positions, segment_ids = close_gaps(inputs.positions, inputs.segment_ids, ~kept)
-    if per_row > 1:
+    if mine.shape[2] > 1:
         slots = jnp.where(kept, inputs.image_slots, 0)
         left = inputs._replace(image_slots=slots, positions=positions, segment_ids=segment_ids)
         return left, target_positions
@@ -289,12 +299,9 @@ def narrow(
 
 def _fusion_text(inputs: Inputs, embeddings: jax.Array) -> FusionText:
     """What a method that fuses the text may read of it, and to which sample each image belongs."""
-    assert inputs.features is not None
-    per_row = inputs.features.selected.shape[0] // inputs.tokens.shape[0]
-    image = inputs.image_slots.astype(jnp.int32)
-    readable = (image == 0) & (inputs.segment_ids > 0)
+    mine = inputs.of_image
+    readable = ~mine.any(axis=2) & (inputs.segment_ids > 0)
     if inputs.answers is not None:
         readable &= ~inputs.answers
-    mine = image[:, :, None] == jnp.arange(1, per_row + 1)
     image_segments = jnp.max(jnp.where(mine, inputs.segment_ids[:, :, None], 0), axis=1)
     return FusionText(embeddings, readable, inputs.segment_ids, image_segments)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vlmscale.compressors import COMPRESSORS
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import CLIP_MEAN, CLIP_STD, DecoderSize, TowerSize, tower_levels
 from vlmscale.records import read_object
 
 Config = dict[str, Any]
+LLAVA_COMPRESSORS = ("mlp", "pool")  # those that a LLaVA directory of ours may hold
 
 # What transformers takes where a config.json leaves a key out (5.23, `LlamaConfig()` and so on).
 _DECODER_DEFAULTS: Config = {
@@ -252,7 +252,7 @@ def llava_config(config: Config, where: Path) -> LlavaConfig:
     keep = config.get("vision_feature_select_strategy", "default") == "full"
     own = _part(config, where, "vlmscale")
     tokens = tower.num_patches + tower.class_tokens - (0 if keep else 1)
-    if own.get("compressor", "mlp") not in tuple(COMPRESSORS):
+    if own.get("compressor", "mlp") not in LLAVA_COMPRESSORS:
         _no(where, "compressor", own["compressor"])
     ids = (config.get(key) for key in ("image_token_id", "image_token_index"))  # new and old spelling
     return LlavaConfig(
