@@ -13,6 +13,7 @@ import pytest
 
 from vlmscale.compressors import COMPRESSORS
 from vlmscale.config import (
+    TEMPLATES,
     Cell,
     cell_id,
     evaluable_counts,
@@ -21,15 +22,18 @@ from vlmscale.config import (
     leaves,
     load_cell,
     load_sweep,
+    parse_mixture,
     to_dict,
     validate,
 )
+from vlmscale.data import templates
 from vlmscale.errors import UserError
 
 TINY = "configs/scenes_tiny.py"
 # Fields that a result does not depend on; everything else is part of a cell's identity.
 BYSTANDERS = {
     "data.images",
+    "data.workers",
     "train.log_every",
     "train.heldout_every",
     "train.checkpoint_every",
@@ -104,7 +108,7 @@ def test_wrong_types_are_refused_on_one_line(word: str) -> None:
         ("data.source", "lava", "nearest is llava"),
         ("data.image_mode", "padding", "nearest is pad"),
         ("evaluate.history", "silver", "nearest is"),
-        ("data.source", "llava", "data.source=llava needs --config.data.records"),
+        ("data.source", "llava", "data.source=llava needs --config.data.prepared=DIR"),
         ("data.records", "x.json", "only with --config.data.source=llava"),
         ("data.images", "pictures", "only with --config.data.source=llava"),
         ("data.vocab_size", 299, "at least 300"),
@@ -132,7 +136,7 @@ def test_the_id_changes_with_what_changes_the_result_and_with_nothing_else(
 ) -> None:
     seen = {cell_id(Cell())}
     for key, value, metadata in leaves(Cell()):
-        if metadata.get("content"):
+        if metadata.get("content") or metadata.get("mixture"):
             continue
         identity = cell_id(changed(key, other(key, value)))
         if key in BYSTANDERS:
@@ -143,6 +147,7 @@ def test_the_id_changes_with_what_changes_the_result_and_with_nothing_else(
     assert {key for key, _, metadata in leaves(Cell()) if metadata.get("content")} == {
         "tower.checkpoint",
         "data.records",
+        "data.tokenizer",
     }
     assert all(len(identity) == 12 and int(identity, 16) >= 0 for identity in seen)
 
@@ -160,6 +165,60 @@ def test_files_count_by_content(key: str, tmp_path: Path) -> None:
         cell_id(changed(key, str(first)))
     moved.write_text("[2]")
     assert cell_id(changed(key, str(moved))) != identity
+
+
+def test_prepared_data_counts_by_its_manifest_and_weight(tmp_path: Path) -> None:
+    for name, digest in (("a", "1"), ("b", "2"), ("moved", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"sha256": digest}))
+    a, b, moved = (f"{tmp_path}/{name}" for name in ("a", "b", "moved"))
+    values = [a, b, f"{a},{b}", f"{b},{a}", f"{a},{b}=0.5", f"{a}=2"]
+    ids = [cell_id(changed("data.prepared", value)) for value in values]
+    assert len({cell_id(Cell()), *ids}) == len(ids) + 1
+    assert cell_id(changed("data.prepared", moved)) == cell_id(changed("data.prepared", f"{a}=1.0")) == ids[0]
+    with pytest.raises(UserError, match=r"data\.prepared=.*nowhere: is no finished data set"):
+        cell_id(changed("data.prepared", f"{tmp_path}/nowhere"))
+
+
+def test_a_mixture_says_how_often_each_part_is_shown() -> None:
+    assert parse_mixture("") == []
+    assert parse_mixture("data/a, data/b=0.5") == [("data/a", 1.0), ("data/b", 0.5)]
+    for word in ("a,", "a=0", "a=-1", "a=x", "=2", "a=inf", "a=nan"):
+        with pytest.raises(UserError, match=r"data\.prepared: .*write DIR, or DIR=WEIGHT"):
+            parse_mixture(word)
+
+
+def test_templates_are_those_that_encode() -> None:
+    assert TEMPLATES == templates.TEMPLATES
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"prepared": "d"}, "data.prepared are read only with --config.data.source=llava"),
+        ({"source": "llava", "prepared": "d", "images": "i"}, "leave data.records and data.images away"),
+        ({"template": "vicuna"}, "data.template=vicuna: unknown; the nearest is"),
+        ({"template": "v1"}, "data.template=v1: needs --config.data.tokenizer=DIR"),
+        ({"tokenizer": "d"}, "data.template=toy is for tokenizers trained here"),
+        ({"tokenization": "llava"}, "data.template=toy is for tokenizers trained here"),
+        ({"packing": "pack"}, "data.packing=pack needs --config.data.row_length"),
+        ({"packing": "tight"}, "data.packing=tight: unknown"),
+        ({"pack_rows": 2}, "goes with data.packing=pack"),
+        ({"packing": "pack", "row_length": 64, "pack_rows": 3}, "must divide train.batch_size=8"),
+        ({"packing": "pack", "row_length": 64, "pack_rows": 0}, "must divide train.batch_size=8"),
+        ({"row_length": -1}, "data.row_length=-1: must not be negative"),
+        ({"workers": -1}, "data.workers=-1: must not be negative"),
+        ({"features": "none"}, "data.features=none: unknown"),
+        ({"feature_dtype": "float16"}, "data.feature_dtype=float16: unknown"),
+    ],
+)
+def test_data_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
+    cell = Cell()
+    for name, value in changes.items():
+        setattr(cell.data, name, value)
+    with pytest.raises(UserError, match=said) as error:
+        validate(cell)
+    assert "\n" not in str(error.value)
 
 
 def test_blind_cells_are_the_same_whatever_the_compressor() -> None:

@@ -27,12 +27,14 @@ from vlmscale.cli import main
 from vlmscale.compressors.features import tower_features
 from vlmscale.config import CompressorConfig
 from vlmscale.convert import export_run
+from vlmscale.data.conversation import expand
 from vlmscale.data.images import decode_image
 from vlmscale.errors import UserError
 from vlmscale.evaluate.generation import prompt_batch
 from vlmscale.evaluate.runner import LoadedRun, abstract_params, answer_one, load_run
 from vlmscale.models.sizes import TOWERS
-from vlmscale.train.prepared import load_tower, pixels_of
+from vlmscale.train.frozen import load_tower
+from vlmscale.train.prepared import pixels_of
 from vlmscale.train.step import build_model, model_inputs
 from vlmscale.weights import tree
 
@@ -84,11 +86,11 @@ def exported(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Callable[[
 def our_logits(run: LoadedRun, image: Path) -> np.ndarray:
     """Of each token behind the picture of a prompt, by the model that evaluation builds."""
     template, slots = run.prepared.template, run.cell.compressor.visual_tokens
-    ids = template.prompt(QUESTION)
-    size = TOWERS[run.cell.tower.name]
+    ids = template.prompt(f"<image>\n{QUESTION}")
+    length, size = len(ids) - 1 + slots, TOWERS[run.cell.tower.name]
     pixels = pixels_of(decode_image(image, target=size.image_size), run.cell)[None]
-    batch: dict[str, Any] = prompt_batch([ids], [True], template, slots, len(ids) + slots)
-    batch["positions"] = np.arange(len(ids) + slots)[None]
+    batch: dict[str, Any] = prompt_batch([ids], template, slots, length)
+    batch["positions"] = np.arange(length)[None]
     batch["segment_ids"] = batch["valid"].astype(np.int32)
     batch["target_positions"] = batch["positions"][:, 1 + slots :]
     tower = load_tower(run.prepared.path / "tower.safetensors", run.cell.tower.name)
@@ -141,7 +143,8 @@ def test_a_run_is_a_llava_with_the_same_numbers(
     )
     ids = inputs["input_ids"][0].tolist()
     template = run.prepared.template
-    assert ids == [template.user, *[template.image] * slots, *template.prompt(QUESTION)[1:]]
+    wanted_ids, _ = expand(np.array(template.prompt(f"<image>\n{QUESTION}")), slots, template.image)
+    assert ids == wanted_ids.tolist()
     with torch.no_grad():
         theirs = names["model"](**inputs).logits[0, 1 + slots :].numpy()
     np.testing.assert_allclose(theirs, our_logits(run, photo)[0], atol=1e-4, rtol=0)

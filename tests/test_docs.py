@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import sys
 import types
@@ -11,12 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tests.integration.tiny import SCENES, lines, train
 from tests.pretrained import save_llava
 from vlmscale.cli import main
 from vlmscale.compressors import COMPRESSORS, Features, Method, check_count, make_compressor
 from vlmscale.compressors.grid import square_divisors
+from vlmscale.config import validate
+from vlmscale.data.prepare import write_dataset
+from vlmscale.data.records import Record, Turn
 from vlmscale.errors import UserError
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -66,3 +71,23 @@ def _use_the_added_method(tmp_path: Path) -> None:
     assert all(row["compressor_flops"] > 0 for row in rows)
     with pytest.raises(UserError, match="max_pool on 8x8 patches gives 1, 4, 16, 64"):
         check_count("max_pool", 9, 8)
+
+
+def test_the_data_examples_run(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "data.md").read_text(), re.S)
+    assert len(blocks) == 4
+    monkeypatch.chdir(tmp_path)
+    picture = io.BytesIO()
+    Image.new("RGB", (40, 30), (200, 0, 0)).save(picture, "JPEG")
+    shown = Record("a", ("red.jpg",), (Turn("<image>\nWhich colour?", "Red."),))
+    told = Record("b", (), (Turn("Say yes.", "Yes."),))
+    write_dataset(tmp_path / "data" / "mix", {"train": [(shown, [picture.getvalue()]), (told, [])]})
+    for block in blocks[:3]:
+        exec(block, {})
+    out = capsys.readouterr().out
+    assert "(30, 40, 3)" in out
+    assert "(2, 224, 224, 3)" in out
+    assert "2 a ('red.jpg',)" in out
+    scope: dict[str, Any] = {}
+    exec(blocks[3], scope)
+    validate(scope["get_config"]("data/mix"))

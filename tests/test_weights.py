@@ -13,7 +13,7 @@ import pytest
 from vlmscale.config import Cell
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import TOWERS
-from vlmscale.train.prepared import load_tower, tower_path
+from vlmscale.train.frozen import load_tower, tower_path
 from vlmscale.weights import tree
 
 

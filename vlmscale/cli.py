@@ -7,17 +7,16 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from vlmscale import __version__
+from vlmscale.cli_data import add_data
 from vlmscale.errors import EXIT_AGAIN, EXIT_USER, UserError, disk_fault
+from vlmscale.terminal import add_command, progress_bar, tell
 
 _DTYPES = ("float32", "bfloat16", "float16")
-Command = Callable[[argparse.Namespace, list[str]], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; run again to go on", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # whoever read the output has seen enough, such as head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as error:
         fault = disk_fault(error)
         if fault is None:
@@ -63,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vlmscale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = _add(
+    demo = add_command(
         commands,
         "demo",
         _sweep_run,
@@ -75,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.set_defaults(sweep="configs/sweeps/demo.py", workers=None, takes_config=True)
 
-    train = _add(
+    train = add_command(
         commands,
         "train",
         _train,
@@ -91,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(takes_config=True)
 
-    evaluate = _add(
+    evaluate = add_command(
         commands, "evaluate", _evaluate, "answer and score a run's tasks", "vlmscale evaluate --run RUN"
     )
     evaluate.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR")
@@ -107,9 +109,9 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_generate(commands)
     _add_convert(commands)
-    _add_data(commands)
+    add_data(commands)
     _add_sweep(commands)
-    tower = _add(
+    tower = add_command(
         commands, "tower", _tower, "train the demo's vision tower", "vlmscale tower --out tower.safetensors"
     )
     tower.add_argument("--out", type=Path, required=True, help="safetensors file to write")
@@ -120,14 +122,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add(commands: Any, name: str, run: Command, about: str, example: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=about, description=about, epilog=f"example: {example}")
-    parser.set_defaults(run=run)
-    return parser
-
-
 def _add_generate(commands: Any) -> None:
-    generate = _add(
+    generate = add_command(
         commands,
         "generate",
         _generate,
@@ -166,7 +162,7 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_convert(commands: Any) -> None:
-    convert = _add(
+    convert = add_command(
         commands,
         "convert",
         _convert,
@@ -185,23 +181,11 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument("--dtype", choices=_DTYPES, help="what tensors are cast to (default: as they are)")
 
 
-def _add_data(commands: Any) -> None:
-    data = commands.add_parser("data", help="make data sets").add_subparsers(dest="what", required=True)
-    scenes = _add(
-        data, "scenes", _data_scenes, "write the built-in data set", "vlmscale data scenes --out DIR"
-    )
-    scenes.add_argument("--out", type=Path, required=True)
-    scenes.add_argument("--train", type=int, default=20_000, help="pictures (default %(default)s)")
-    scenes.add_argument("--validation", type=int, default=200, help="pictures (default %(default)s)")
-    scenes.add_argument("--test", type=int, default=400, help="pictures (default %(default)s)")
-    scenes.add_argument("--seed", type=int, default=0)
-
-
 def _add_sweep(commands: Any) -> None:
     sweep = commands.add_parser("sweep", help="run sweeps of cells").add_subparsers(
         dest="what", required=True
     )
-    run = _add(
+    run = add_command(
         sweep,
         "run",
         _sweep_run,
@@ -212,7 +196,9 @@ def _add_sweep(commands: Any) -> None:
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--workers", type=int, default=None, help="processes at a time (default: one a core)")
     run.set_defaults(takes_config=True)
-    status = _add(sweep, "status", _sweep_status, "the state of every cell", "vlmscale sweep status DIR")
+    status = add_command(
+        sweep, "status", _sweep_status, "the state of every cell", "vlmscale sweep status DIR"
+    )
     status.add_argument("out", type=Path, metavar="DIR")
     status.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else on stdout"
@@ -255,7 +241,7 @@ def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.train.loop import open_run
     from vlmscale.train.prepared import prepare
 
-    prepared = prepare([cell.cell for cell in cells], arguments.out / "data", _progress())
+    prepared = prepare([cell.cell for cell in cells], arguments.out / "data", progress_bar(), tell)
     print(prepared.manifest["summary"], file=sys.stderr)
     for cell in cells:
         open_run(cell.cell, cell.path, prepared.path, sweep.name)
@@ -313,14 +299,14 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     cell, run = load_cell(arguments.config, overrides), arguments.out
     open_run(cell, run, run / "data", "")
-    prepared = prepare([cell], run / "data", _progress())
+    prepared = prepare([cell], run / "data", progress_bar(), tell)
     if (run / "done.json").exists():
         print(f"{run}: already trained")
         return 0
     print(prepared.manifest["summary"], file=sys.stderr)
     if prepared.manifest["quarantined"]:
         print(f"set aside and why: {prepared.path / 'quarantine.jsonl'}", file=sys.stderr)
-    bar = _progress()
+    bar = progress_bar()
     try:
         with exclusive(run, wait=False):
             train(
@@ -342,7 +328,7 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.evaluate.runner import evaluate, load_run
     from vlmscale.records import Status
 
-    bar = _progress()
+    bar = progress_bar()
     tasks = arguments.tasks.split(",") if arguments.tasks else None
     try:
         counts = [int(word) for word in arguments.visual_tokens.split(",") if word]
@@ -350,6 +336,9 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--visual-tokens {arguments.visual_tokens}: counts such as 1,4,16") from None
     run = load_run(arguments.run_dir)
     rows = evaluate(run, tasks, lambda done, total: bar("answering", done, total), counts)
+    if left := (arguments.run_dir / "not_asked.jsonl").read_text().count("\n"):
+        what = f"{left} question{'s' * (left > 1)}"
+        print(f"{what} longer than data.max_text_tokens, not asked: not_asked.jsonl", file=sys.stderr)
     if tasks is None and not counts:  # else what the config asks for may still be missing
         Status(arguments.run_dir).update(state="done")
     if arguments.json:
@@ -416,7 +405,7 @@ def _generate_pretrained(arguments: argparse.Namespace, sampling: Any, seed: int
     prompter = read_prompter(arguments.model)
     request = make_request(prompter, [prompt], [arguments.image], arguments.max_new_tokens or 32)
     model = load_pretrained(
-        prompter, dtype=arguments.dtype, attention=arguments.attention, progress=_progress()
+        prompter, dtype=arguments.dtype, attention=arguments.attention, progress=progress_bar()
     )
     print(f"{arguments.model}: {model.report}", file=sys.stderr)
     used = mesh_of(model).size
@@ -456,25 +445,6 @@ def _convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _data_scenes(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from vlmscale.data.scenes import export
-    from vlmscale.records import make_directory
-
-    make_directory(arguments.out)
-    sizes = {"train": arguments.train, "validation": arguments.validation, "test": arguments.test}
-    for split, count in sizes.items():
-        if count < 1:
-            raise UserError(f"--{split}={count}: must be above 0")
-    for path in export(arguments.out, sizes, arguments.seed).values():
-        print(f"wrote {path} (images below {arguments.out / 'images'})")
-    out = arguments.out
-    print(
-        "train on it: vlmscale train --config configs/llava_tiny.py "
-        f"--config.data.records={out}/train.json --config.data.images={out}/images --out RUN"
-    )
-    return 0
-
-
 def _tower(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.records import make_directory
     from vlmscale.train.tower import train_tower
@@ -484,30 +454,10 @@ def _tower(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.steps is not None and arguments.steps < 1:
         raise UserError(f"--steps={arguments.steps}: must be above 0")
     make_directory(arguments.out.parent)
-    bar = _progress()
+    bar = progress_bar()
     train_tower(arguments.out, arguments.steps, lambda step, steps, text: bar(text, step, steps))
     print(f"wrote {arguments.out}")
     return 0
-
-
-def _progress() -> Callable[[str, int, int], None]:
-    """A bar on a terminal; elsewhere one plain line when a stage ends."""
-    bars: dict[str, tqdm] = {}
-
-    def show(text: str, done: int, total: int) -> None:
-        stage = text.split(",")[0] if text.startswith("training") else text
-        if not sys.stderr.isatty():
-            if done == total:
-                print(f"{text}: {done}/{total}", file=sys.stderr)
-            return
-        if stage not in bars:
-            bars[stage] = tqdm(total=total, initial=done)
-        bars[stage].set_description(text, refresh=False)
-        bars[stage].update(done - bars[stage].n)
-        if done == total:
-            bars.pop(stage).close()
-
-    return show
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import runpy
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vlmscale.compressors import COMPRESSORS, check_count, parse_options, spoken
+from vlmscale.content import content_sha256, manifest_sha256
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES, TOWERS
 
@@ -31,9 +30,10 @@ _BYSTANDER = {"changes_result": False}
 _CONTENT = {"content": True}
 # The same of a field that may also name a directory in Hugging Face layout.
 _CONTENT_OR_DIRECTORY = _CONTENT | {"directory": True}
+# A field that came later counts only where it says something, so that ids of older cells stay.
+_LATER = {"later": True}
 SHIPPED_TOWERS = ("scenes-48",)
-_RACY_NS = 2_000_000_000  # nanoseconds; more than a tick of any file system's clock
-_digests: dict[tuple[int, ...], str] = {}  # of files by what the system says of them
+TEMPLATES = ("toy", "plain", "v1", "chatml", "llama3")  # of conversations, vlmscale/data/templates.py
 
 
 @dataclass
@@ -69,10 +69,19 @@ class LLMConfig:
 class DataConfig:
     """What is trained and evaluated on."""
 
-    # "scenes" draws the built-in data set, "llava" reads records and images.
+    # "scenes" draws the built-in data set; "llava" reads prepared data sets, or records and images.
     source: str = "scenes"
+    # Directories of `vlmscale data prepare`, separated by commas; "DIR=0.5" shows half of one in an epoch.
+    prepared: str = field(default="", metadata={"mixture": True} | _LATER)
+    # A JSON file, prepared into the run's own directory: for small data.
     records: str = field(default="", metadata=_CONTENT)
     images: str = field(default="", metadata=_BYSTANDER)
+    # Directory with a tokenizer.json; "" trains one on the run's own text.
+    tokenizer: str = field(default="", metadata={"content": True, "tokenizer": True} | _LATER)
+    # How conversations become text: see vlmscale/data/templates.py.
+    template: str = field(default="toy", metadata=_LATER)
+    # "inline": a picture stands where its placeholder does; "llava": ids and labels of LLaVA's own code.
+    tokenization: str = field(default="inline", metadata=_LATER)
     # How a photograph becomes a square: "resize", "pad" or "crop".
     image_mode: str = "resize"
     # Sizes of the drawn splits, in images (source "scenes" only).
@@ -81,8 +90,20 @@ class DataConfig:
     test_images: int = 400
     seed: int = 0
     vocab_size: int = 512
-    # Context for text: longer conversations are cut at a turn, longer first answers are refused.
+    # Text tokens of a conversation at most; what lies behind is cut off.
     max_text_tokens: int = 256
+    # Positions in a row of a batch, visual tokens included; 0: as the longest conversation needs.
+    row_length: int = field(default=0, metadata=_LATER)
+    # "none": a conversation a row; "pack": as many as fit; "modality_length": a conversation a row, in the
+    # order of LLaVA, whose batches have pictures or none, and similar lengths.
+    packing: str = field(default="none", metadata=_LATER)
+    # Rows that share their image slots when packed; train.batch_size must be a multiple.
+    pack_rows: int = field(default=1, metadata=_LATER)
+    # The frozen tower's outputs: "stored" once for all cells and epochs, or "computed" in the step.
+    features: str = field(default="stored", metadata=_LATER)
+    feature_dtype: str = field(default="float32", metadata=_LATER)
+    # Processes that read and decode; 0: a thread of the training process.
+    workers: int = field(default=0, metadata=_BYSTANDER)
 
 
 @dataclass
@@ -228,15 +249,15 @@ def validate(cell: Cell) -> None:
     _one_of("compressor.name", cell.compressor.name, COMPRESSORS)
     _one_of("data.source", cell.data.source, ("scenes", "llava"))
     _one_of("data.image_mode", cell.data.image_mode, ("resize", "pad", "crop"))
+    _one_of("data.template", cell.data.template, TEMPLATES)
+    _one_of("data.tokenization", cell.data.tokenization, ("inline", "llava"))
+    _one_of("data.packing", cell.data.packing, ("none", "pack", "modality_length"))
+    _one_of("data.features", cell.data.features, ("stored", "computed"))
+    _one_of("data.feature_dtype", cell.data.feature_dtype, ("float32", "bfloat16"))
     _one_of("evaluate.history", cell.evaluate.history, ("none", "gold"))
     _check_weights(cell.tower)
     _check_compressor(cell)
-    if cell.data.source == "llava" and not cell.data.records:
-        raise UserError(
-            "data.source=llava needs --config.data.records=FILE.json (and --config.data.images=DIR)"
-        )
-    if cell.data.source == "scenes" and (cell.data.records or cell.data.images):
-        raise UserError("data.records and data.images are read only with --config.data.source=llava")
+    _check_data(cell)
     positive = (
         "data.train_images data.validation_images data.test_images data.max_text_tokens train.steps "
         "train.batch_size train.learning_rate train.clip_norm train.log_every train.heldout_every "
@@ -259,6 +280,60 @@ def validate(cell: Cell) -> None:
         raise UserError(
             f"data.vocab_size={cell.data.vocab_size}: at least 300 (256 bytes and special tokens)"
         )
+
+
+def _check_data(cell: Cell) -> None:
+    data = cell.data
+    if data.source == "llava" and not data.records and not data.prepared:
+        raise UserError(
+            "data.source=llava needs --config.data.prepared=DIR, or --config.data.records=FILE.json (and "
+            "--config.data.images=DIR)"
+        )
+    if data.source == "scenes" and (data.records or data.images or data.prepared):
+        raise UserError(
+            "data.records, data.images and data.prepared are read only with --config.data.source=llava"
+        )
+    if data.prepared and (data.records or data.images):
+        raise UserError("data.prepared holds records and images: leave data.records and data.images away")
+    parse_mixture(data.prepared)
+    if data.template == "toy" and (data.tokenizer or data.tokenization == "llava"):
+        raise UserError("data.template=toy is for tokenizers trained here: set data.template=v1 or another")
+    if data.template != "toy" and not data.tokenizer:
+        raise UserError(
+            f"data.template={data.template}: needs --config.data.tokenizer=DIR, one of its language model"
+        )
+    if data.packing == "pack" and not data.row_length:
+        raise UserError("data.packing=pack needs --config.data.row_length, such as 2048")
+    if data.pack_rows != 1 and data.packing != "pack":
+        raise UserError(f"data.pack_rows={data.pack_rows}: goes with data.packing=pack")
+    if data.pack_rows < 1 or cell.train.batch_size % data.pack_rows:
+        raise UserError(
+            f"data.pack_rows={data.pack_rows}: must divide train.batch_size={cell.train.batch_size}"
+        )
+    for name in ("row_length", "workers"):
+        if getattr(data, name) < 0:
+            raise UserError(f"data.{name}={getattr(data, name)}: must not be negative")
+
+
+def parse_mixture(text: str) -> list[tuple[str, float]]:
+    """Directories and weights of `data.prepared`: "A,B=0.5" is A once and half of B an epoch.
+
+    Raises:
+      UserError: an empty name, or a weight that is no number above 0.
+    """
+    parts = []
+    for word in text.split(",") if text else []:
+        path, _, weight = word.strip().rpartition("=") if "=" in word else (word.strip(), "", "1")
+        try:
+            number = float(weight)
+        except ValueError:
+            number = math.nan
+        if not path or not 0 < number < math.inf:
+            raise UserError(
+                f"data.prepared: {word.strip()!r}: write DIR, or DIR=WEIGHT with a weight above 0"
+            )
+        parts.append((path, number))
+    return parts
 
 
 def _check_compressor(cell: Cell) -> None:
@@ -361,57 +436,46 @@ def identity(config: Any) -> dict[str, Any]:
     Raises:
       UserError: a named file or directory cannot be read.
     """
+    default = {name: value for name, value, _ in leaves(type(config)())}
     return {
-        name: _content(name, value, metadata) if metadata.get("content") else value
+        name: _content(name, value, metadata)
         for name, value, metadata in leaves(config)
-        if metadata.get("changes_result", True)
+        if metadata.get("changes_result", True) and not (metadata.get("later") and value == default[name])
     }
 
 
-def _content(name: str, value: str, metadata: Any) -> str:
+def _content(name: str, value: Any, metadata: Any) -> Any:
+    """What of a field's value counts."""
     if value in ("", "shipped"):
         return value
-    return content_sha256(name, Path(value), metadata.get("directory", False))
+    if metadata.get("mixture"):
+        return [[manifest_sha256(name, Path(path)), weight] for path, weight in parse_mixture(value)]
+    if metadata.get("tokenizer"):
+        return content_sha256(name, Path(value) / "tokenizer.json", False)
+    if metadata.get("content"):
+        return content_sha256(name, Path(value), metadata.get("directory", False))
+    return value
 
 
-def content_sha256(name: str, path: Path, directory: bool) -> str:
-    """Hash of what a field's path holds; a large file is read once in the life of the process.
+def load_data(spec: str) -> DataConfig:
+    """The data of a file with `get_data(arg)`, such as `configs/data/llava_instruct.py:DIR`.
 
     Args:
-      name: of the field, for messages.
-      path: of a file, or of a directory in Hugging Face layout, whose config.json and safetensors files count
-        in the order of their names; other files and the names themselves do not.
-      directory: whether it may be a directory.
+      spec: FILE[:ARG], the file looked up as those of `load_cell` are.
 
     Raises:
-      UserError: it cannot be read, or a directory has no config.json.
+      UserError: the file is missing or faulty.
     """
+    path, _, argument = spec.partition(":")
     try:
-        if not directory or not path.is_dir():
-            return _file_sha256(path)
-        config = path / "config.json"
-        if not config.is_file():
-            raise UserError(
-                f"{name}={path}: has no config.json; name a directory that a model was downloaded or saved to"
-            )
-        files = [config, *sorted(path.glob("*.safetensors"))]
-        return hashlib.sha256("".join(map(_file_sha256, files)).encode()).hexdigest()
-    except OSError as error:
-        raise UserError(f"{name}={path}: {error.strerror or error}") from error
-
-
-def _file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        about = os.fstat(file.fileno())
-        stamp = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
-        if stamp in _digests:
-            return _digests[stamp]
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # A file may change again within one tick of its clock, and no stamp would show it: only what has rested
-    # for a while is remembered.
-    if time.time_ns() - about.st_mtime_ns > _RACY_NS:
-        _digests[stamp] = digest
-    return digest
+        data = runpy.run_path(str(find_config(path)))["get_data"](argument)
+    except UserError:
+        raise
+    except Exception as error:  # as in load_cell
+        raise UserError(f"{path}: {type(error).__name__}: {_one_line(error)}") from error
+    if not isinstance(data, DataConfig):
+        raise UserError(f"{path}: get_data must return a vlmscale.config.DataConfig")
+    return data
 
 
 def load_sweep(path: str, overrides: Sequence[str]) -> Sweep:

@@ -23,7 +23,7 @@ from vlmscale.errors import UserError
 from vlmscale.evaluate.runner import LoadedRun
 from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize
 from vlmscale.records import read_json
-from vlmscale.train.prepared import load_tower
+from vlmscale.train.frozen import load_tower
 from vlmscale.weights import export, hf_config, tree
 from vlmscale.weights.checkpoint import INDEX, Checkpoint, open_checkpoint
 from vlmscale.weights.directory import Description, describe
@@ -215,7 +215,7 @@ def export_run(run: LoadedRun, out: Path, dtype: str | None) -> list[Path]:
     kind = np.dtype(jnp.dtype(dtype or "float32"))
     template, compressor = run.prepared.template, run.cell.compressor
     size = replace(SIZES[run.cell.llm.name], vocab_size=run.prepared.tokenizer.get_vocab_size())
-    ends = {"eos_token_id": template.end, "pad_token_id": template.pad}
+    ends = {"eos_token_id": template.stop_ids[0], "pad_token_id": template.pad}
     text: Files = {**tokenizer_files(run.prepared.tokenizer), "generation_config.json": ends}
     config = hf_config.decoder_config(size, size.vocab_size) | {"bos_token_id": None} | ends
     if not compressor.visual_tokens:

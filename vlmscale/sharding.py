@@ -66,20 +66,25 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch_size: int, mesh: Mesh) -> None:
-    """Refuse a batch that does not divide over the devices.
+def check_batch(batch_size: int, mesh: Mesh, block_rows: int = 1) -> None:
+    """Refuse a batch whose blocks of rows do not divide over the devices.
 
     Raises:
       UserError: with the number of devices.
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % devices:
-        raise UserError(f"train.batch_size={batch_size}: must be a multiple of the {devices} devices")
+    if batch_size % (devices * block_rows):
+        blocks = f" times data.pack_rows={block_rows}" * (block_rows > 1)
+        raise UserError(f"train.batch_size={batch_size}: must be a multiple of the {devices} devices{blocks}")
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-    """Host batch to devices, rows split over the data and fsdp axes."""
-    return jax.device_put(batch, batch_sharding(mesh))
+    """This process's rows of a batch to the devices, rows split over the data and fsdp axes.
+
+    With several processes each gives its own rows, in the order of the processes.
+    """
+    rows = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(rows, values) for name, values in batch.items()}
 
 
 def place(boxed: Any, mesh: Mesh, dtype: Any = None) -> Any:

@@ -109,6 +109,14 @@ def pack(batch: Batch) -> Batch:
     return batch | pairs
 
 
+def share(packed: Batch) -> Batch:
+    """Two packed rows a block, whose images they own together."""
+    second = np.arange(ROWS // 2)[:, None] % 2 == 1
+    slots, segments = packed["image_slots"], packed["segment_ids"]
+    numbered = {"image_slots": np.where(second & (slots > 0), slots + 2, slots)}
+    return packed | numbered | {"segment_ids": np.where(second & (segments > 0), segments + 2, segments)}
+
+
 _BY_TOKEN = (
     *("tokens", "image_slots", "positions", "segment_ids"),
     *("target_positions", "target_ids", "target_mask"),
@@ -143,11 +151,18 @@ def test_packed_and_sharded_and_eager_are_the_same(case: Case, params_of: Callab
     np.testing.assert_allclose(logits(model, params, batch), wanted, atol=2e-5)
     packed = run(model, params, pack(batch))
     np.testing.assert_allclose(packed.reshape(wanted.shape), wanted, atol=2e-5)
+    blocks = run(build(case, block_rows=2), params, share(pack(batch)))
+    np.testing.assert_allclose(blocks.reshape(wanted.shape), wanted, atol=2e-5)
     if COMPRESSORS[case.name].nested is not None:  # what a step trains is then not these logits alone
         loss = jax.jit(lambda batch: loss_sum(model, params, batch, jnp.int32(3)))
         (single, count), (double, both) = loss(batch), loss(pack(batch))
         assert count == both
         assert double == pytest.approx(float(single), rel=1e-5)
+        model_of_blocks, both_rows = build(case, block_rows=2), share(pack(batch))
+        of_blocks = jax.jit(lambda batch: loss_sum(model_of_blocks, params, batch, jnp.int32(3)))(both_rows)[
+            0
+        ]
+        assert of_blocks == pytest.approx(float(single), rel=1e-5)
     mesh = make_mesh(2, 2, 2)
     boxed = abstract_params(model, model_inputs(batch), batch["target_positions"])
     spread = jax.tree.map(lambda x, to: jax.device_put(x, to.sharding), params, place(boxed, mesh))

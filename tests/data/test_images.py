@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageDraw
 
 from vlmscale.data import images
-from vlmscale.data.images import ImageError, decode_image, preprocess, transform
+from vlmscale.data.images import ImageError, decode_image, normalise, preprocess, resize, tower_pixels
 from vlmscale.errors import UserError
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -330,24 +330,26 @@ def test_the_centre_alone_is_the_centre_of_the_whole(
         results = []
         for limit in (2**26, 0):
             monkeypatch.setattr(images, "_WHOLE_PIXELS", limit)
-            options = {"size": size, "crop": crop, "fill": None, "resample": resample, "scale": 1.0}
-            results.append(transform(image, **options, mean=(0, 0, 0), std=(1, 1, 1)))
+            results.append(resize(image, size=size, crop=crop, fill=None, resample=resample).astype(int))
         assert results[0].shape == results[1].shape
         assert np.abs(results[0] - results[1]).max() <= (1 if resample else 2)
 
 
-def test_transform_pads_only_what_it_resizes() -> None:
+def test_only_what_is_resized_is_padded() -> None:
     with pytest.raises(ValueError, match="must be resized too"):
-        transform(
-            noise(4, 4),
-            size=None,
-            crop=(2, 2),
-            fill=(0, 0, 0),
-            resample=3,
-            scale=1.0,
-            mean=HALF,
-            std=HALF,
-        )
+        resize(noise(4, 4), size=None, crop=(2, 2), fill=(0, 0, 0), resample=3)
+
+
+@pytest.mark.parametrize("mode", images.MODES)
+def test_8_bit_pixels_normalised_are_what_preprocess_gives(mode: str) -> None:
+    """Bit for bit, and from a table of the 256 levels too, as a device looks them up."""
+    image = noise(31, 64)
+    pixels = tower_pixels(image, 48, CLIP_MEAN, CLIP_STD, mode)
+    whole = preprocess(image, 48, CLIP_MEAN, CLIP_STD, mode)
+    assert pixels.dtype == np.uint8
+    np.testing.assert_array_equal(normalise(pixels, 1 / 255, CLIP_MEAN, CLIP_STD), whole)
+    levels = normalise(np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1), 1 / 255, CLIP_MEAN, CLIP_STD)
+    np.testing.assert_array_equal(levels[pixels, np.arange(3)], whole)
 
 
 def test_pad_colours() -> None:

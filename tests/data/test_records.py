@@ -1,39 +1,35 @@
-"""LLaVA JSON, usable and hostile; every file is made on the spot."""
+"""LLaVA JSON, record by record: what is usable, what is refused, and how a file is read."""
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from vlmscale.data.records import Quarantined, Record, Turn, load_records, write_quarantine
+from vlmscale.data import records
+from vlmscale.data.records import (
+    Record,
+    RefusedError,
+    Turn,
+    count_words,
+    locate_image,
+    parse_record,
+    read_items,
+)
 from vlmscale.errors import UserError
-
-
-def jpeg() -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    Image.fromarray(pixels).save(buffer, "JPEG")
-    return buffer.getvalue()
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """An image folder with one good picture and the bad ones, beside a picture that is out of bounds."""
+    """An image folder beside a picture that is out of bounds; no file is looked into here."""
     root = tmp_path / "images"
     (root / "sub").mkdir(parents=True)
-    data = jpeg()
     for name in ("good.jpg", "sub/other.jpg", "../secret.jpg"):
-        (root / name).write_bytes(data)
-    (root / "half.jpg").write_bytes(data[: len(data) // 2])
+        (root / name).write_bytes(b"x")
     (root / "zero.jpg").write_bytes(b"")
-    (root / "page.jpg").write_bytes(b"<html>404</html>")
     (root / "inside.jpg").symlink_to(root / "good.jpg")
     (root / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (root / "out").symlink_to(tmp_path)
@@ -56,14 +52,6 @@ def said(*values: str, first: str = "human", **more: Any) -> dict[str, Any]:
 
 def turned(*turns: Any) -> dict[str, Any]:
     return {"id": "x", "conversations": list(turns)}
-
-
-GOOD = {"id": "good", "conversations": talk("Hello?", "Hello.")}
-
-
-def write(path: Path, items: Any) -> Path:
-    path.write_text(json.dumps(items), encoding="utf-8")
-    return path
 
 
 ASK, ANSWER = {"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}
@@ -102,11 +90,15 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "null image": (shown(None), "placeholder without image: turn 1 has <image>"),
     "two placeholders": (
         shown(conversations=talk("<image> <image> A?", "B.")),
-        "several placeholders: 2 <image> placeholders, and one image a record is supported",
+        "several placeholders: 2 <image> placeholders, but 1 named under image",
     ),
     "placeholders in two turns": (
         shown(conversations=talk("<image>A?", "B.", "<image>C?", "D.")),
         "several placeholders: 2 <image> placeholders",
+    ),
+    "a placeholder too few": (
+        shown(["good.jpg", "good.jpg"]),
+        "image without placeholder: 2 images, but 1 <image> placeholder",
     ),
     "no placeholder": (
         shown(conversations=talk("A?", "B.")),
@@ -114,93 +106,66 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "placeholder in answer": (
         shown(conversations=talk("A?", "<image>B.")),
-        "misplaced placeholder: <image> is in turn 2 (gpt); it must be in the first human turn",
+        "misplaced placeholder: <image> is in turn 2 (gpt); it must be in a human turn",
+    ),
+    "placeholder in answer too": (
+        shown(conversations=talk("<image>A?", "<image>B.")),
+        "misplaced placeholder: <image> is in turn 2 (gpt)",
     ),
     "placeholder in dropped turn": (
         shown(conversations=talk("<image>", "A?", "B.", first="gpt")),
         "misplaced placeholder: <image> is in turn 1 (gpt)",
     ),
-    "placeholder later": (
-        shown(conversations=talk("A?", "B.", "<image>C?", "D.")),
-        "misplaced placeholder: <image> is in turn 3 (human); it must be in the first human turn",
-    ),
     "surrogate": (said("A?", "\ud800"), "bad text: half a surrogate pair in '\\ud800'"),
     "chance": (said("A?", "B.", chance=25), "bad chance: it must be a number from 0 to 1"),
     "chance text": (said("A?", "B.", chance="0.25"), "bad chance: it must be a number from 0 to 1"),
     "task": (said("A?", "B.", task=["ocr"]), "bad task: it is a list, not text"),
-    "image list": (
-        shown(["good.jpg"]),
-        "bad image path: it is a list, not text (one image a record is supported)",
-    ),
+    "task path": (said("A?", "B.", task="../../x"), "bad task: '../../x'; use up to 60 letters"),
+    "image a number": (shown(7), "bad image path: it is a number, not text or a list of texts"),
+    "image list of null": (shown([None]), "bad image path: it is null, not text or a list of texts"),
     "image empty": (shown(""), "bad image path: it is empty"),
-    "image NUL": (shown("good\0.jpg"), "bad image path: 'good\\x00.jpg' is not a path"),
-    "image missing": (shown("absent.jpg"), "missing image: 'absent.jpg' is no file in the image folder"),
-    "image a folder": (shown("sub"), "missing image: 'sub' is no file in the image folder"),
-    "image too long": (shown("a" * 5000), "missing image: 'aaaa"),
-    "image absolute": (shown("/etc/hosts"), "image outside folder: '/etc/hosts' is absolute"),
-    "image above": (
-        shown("../secret.jpg"),
-        "image outside folder: '../secret.jpg' leads out of the image folder",
-    ),
-    "image by link": (
-        shown("link.jpg"),
-        "image outside folder: 'link.jpg' leads out of the image folder through a symbolic link",
-    ),
-    "image by linked folder": (
-        shown("out/secret.jpg"),
-        "image outside folder: 'out/secret.jpg' leads out of the image folder through a symbolic link",
-    ),
-    "image zero": (shown("zero.jpg"), "unreadable image: 'zero.jpg' has zero bytes"),
-    "image truncated": (
-        shown("half.jpg"),
-        "unreadable image: 'half.jpg' truncated or damaged (image file is truncated",
-    ),
-    "image html": (shown("page.jpg"), "unreadable image: 'page.jpg' not a picture that can be read"),
+    "image list with empty": (shown(["good.jpg", " "]), "bad image path: it is empty"),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_bad_record_is_quarantined_with_its_reason(name: str, tmp_path: Path, folder: Path) -> None:
+def test_a_bad_record_is_refused_with_its_reason(name: str) -> None:
     item, reason = REFUSED[name]
-    result = load_records(write(tmp_path / "data.json", [GOOD, item, GOOD]), folder)
-    assert len(result.records) + len(result.quarantined) == 3
-    (refused,) = result.quarantined
-    assert refused.index == 1
-    assert refused.reason.startswith(reason)
-    assert "\n" not in refused.reason
-    assert refused.id == ("x" if isinstance(item, dict) and item["id"] == "x" else "1")
+    with pytest.raises(RefusedError) as caught:
+        parse_record(item, 3)
+    assert str(caught.value).startswith(reason)
+    assert "\n" not in str(caught.value)
+    assert records.id_text(item, 3) == ("x" if isinstance(item, dict) and item["id"] == "x" else "3")
 
 
-def test_a_loop_of_links_is_refused(tmp_path: Path, folder: Path) -> None:
-    (refused,) = load_records(write(tmp_path / "data.json", [GOOD, shown("loop.jpg")]), folder).quarantined
-    assert refused.reason.split(":")[0] in ("bad image path", "missing image")
+PATHS = {
+    "good\0.jpg": "bad image path: 'good\\x00.jpg' is not a path",
+    "\ud800.jpg": "bad image path: '\\ud800.jpg' is not a path",
+    "absent.jpg": "missing image: 'absent.jpg' is no file in the image folder",
+    "sub": "missing image: 'sub' is no file in the image folder",
+    "a" * 5000: "missing image: 'aaaa",
+    "/etc/hosts": "image outside folder: '/etc/hosts' is absolute",
+    "../secret.jpg": "image outside folder: '../secret.jpg' leads out of the image folder",
+    "link.jpg": "image outside folder: 'link.jpg' leads out of the image folder through a symbolic link",
+    "out/secret.jpg": "image outside folder: 'out/secret.jpg' leads out of the image folder through a",
+    "zero.jpg": "unreadable image: 'zero.jpg' has zero bytes",
+}
 
 
-def test_all_at_once_adds_up_and_is_written(tmp_path: Path, folder: Path) -> None:
-    items = [item for item, _ in REFUSED.values()] + [GOOD, shown(), GOOD]
-    path = write(tmp_path / "data.json", items)
-    result = load_records(path, folder)
-    assert len(result.quarantined) == len(REFUSED)
-    assert len(result.records) + len(result.quarantined) == len(items)
-    assert result.source == path
-    assert result.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
-    summary = result.summary()
-    assert "\n" not in summary
-    assert (
-        f"{len(items)} records read, 3 used (1 with an id already seen), {len(REFUSED)} quarantined"
-        in summary
-    )
-    assert "4 misplaced placeholder" not in summary
-    assert "3 misplaced placeholder" in summary
-    written = tmp_path / "quarantine.jsonl"
-    write_quarantine(result.quarantined, written)
-    lines = [json.loads(line) for line in written.read_text().splitlines()]
-    assert [Quarantined(**line) for line in lines] == result.quarantined
-    with pytest.raises(UserError, match=r"cannot be written \(No such file or directory\)"):
-        write_quarantine(result.quarantined, tmp_path / "absent" / "quarantine.jsonl")
+@pytest.mark.parametrize("name", PATHS)
+def test_an_image_path_that_cannot_be_used(name: str, folder: Path) -> None:
+    with pytest.raises(RefusedError) as caught:
+        locate_image(name, folder)
+    assert str(caught.value).startswith(PATHS[name])
 
 
-def test_what_a_record_becomes(tmp_path: Path, folder: Path) -> None:
+def test_image_paths_stay_in_the_folder_and_loops_end(folder: Path) -> None:
+    assert locate_image("sub/../inside.jpg", folder) == folder / "good.jpg"
+    with pytest.raises(RefusedError, match=r"bad image path|missing image"):
+        locate_image("loop.jpg", folder)
+
+
+def test_what_a_record_becomes() -> None:
     items = [
         {
             "id": 17,
@@ -211,49 +176,80 @@ def test_what_a_record_becomes(tmp_path: Path, folder: Path) -> None:
             "chance": 0.25,
         },
         {"conversations": talk("Welcome!", "Hi", "Hello.", first="gpt"), "image": None, "chance": None},
-        {"id": "alone", "image": "sub/../inside.jpg", "conversations": talk("<image>", "Noise.")},
+        {"id": "alone", "image": ["a.jpg"], "conversations": talk("<image>", "Noise.")},
+        {"id": "", "image": [], "conversations": talk("Hi", "Hello.")},
+        {
+            "id": "many",
+            "image": ["a.jpg", "b.jpg", "a.jpg"],
+            "conversations": talk("<image> or <image>?", "None.", "And <image>\u2028?", "\0\U0001f600"),
+        },
     ]
-    result = load_records(write(tmp_path / "data.json", items), folder)
-    assert result.quarantined == []
-    assert result.records == [
+    assert [parse_record(item, index) for index, item in enumerate(items)] == [
         Record(
             "17",
-            folder / "sub" / "other.jpg",
-            (Turn("What is it?", "Noise."), Turn("Sure?", "Yes.")),
+            ("sub/other.jpg",),
+            (Turn("What is it?\n<image>", "Noise."), Turn("Sure?", "Yes.")),
             "count",
             "reasoning",
             0.25,
         ),
-        Record("1", None, (Turn("Hi", "Hello."),)),
-        Record("alone", folder / "good.jpg", (Turn("", "Noise."),)),
+        Record("1", (), (Turn("Hi", "Hello."),)),
+        Record("alone", ("a.jpg",), (Turn("<image>", "Noise."),)),
+        Record("", (), (Turn("Hi", "Hello."),)),
+        Record(
+            "many",
+            ("a.jpg", "b.jpg", "a.jpg"),
+            (Turn("<image> or <image>?", "None."), Turn("And <image>\u2028?", "\0\U0001f600")),
+        ),
     ]
-    assert result.records[0].image is not None
-    assert result.records[0].image.is_absolute()
-    assert result.summary() == f"{tmp_path / 'data.json'}: 3 records read, 3 used, 0 quarantined"
 
 
-def test_pictures_are_opened_only_on_request(tmp_path: Path, folder: Path) -> None:
-    path = write(tmp_path / "data.json", [shown("half.jpg"), shown("zero.jpg"), shown("absent.jpg")])
-    result = load_records(path, folder, check_images=False)
-    assert [record.image for record in result.records] == [folder / "half.jpg"]
-    assert [item.index for item in result.quarantined] == [1, 2]
+def test_words_are_counted_as_llava_does() -> None:
+    assert count_words(["<image>\nWhat is it?", " A  dog. ", ""]) == 4 + 2
 
 
-def test_without_an_image_folder_text_alone_is_used(tmp_path: Path) -> None:
-    result = load_records(write(tmp_path / "data.json", [GOOD, shown()]), None)
-    assert len(result.records) == 1
-    assert result.quarantined[0].reason.startswith("no image folder: 'good.jpg' is named")
+def values(path: Path) -> list[Any]:
+    """The values of a file; each must be what its bytes say."""
+    data, found = path.read_bytes(), []
+    for start, end, value in read_items(path):
+        assert json.loads(data[start:end]) == value
+        found.append(value)
+    return found
+
+
+@pytest.mark.parametrize("window", [1, 7, 64, 2**22])
+def test_a_list_is_read_in_windows_of_any_size(
+    window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_WINDOW", window)
+    draw = random.Random(0)
+    kinds = [
+        12345,
+        -0.5e-3,
+        True,
+        None,
+        [],
+        {},
+        "",
+        'é\u2028 \U0001f600\\"]',
+        {"a": [1, {"b": "],["}], "c": "x" * 99},
+    ]
+    path = tmp_path / "data.json"
+    for ascii_only in (True, False):
+        for indent in (None, 1):
+            wanted = [draw.choice(kinds) for _ in range(60)]
+            text = json.dumps(wanted, ensure_ascii=ascii_only, indent=indent)
+            path.write_text(f"\ufeff \n{text} \r\n", encoding="utf-8")
+            assert values(path) == wanted
 
 
 @pytest.mark.parametrize("mark", ["", "\ufeff"])
 def test_json_lines(mark: str, tmp_path: Path) -> None:
-    odd = said("Line\u2028separator?", "Yes\u2029.")
+    wanted = [{"id": "a"}, {"id": "Line\u2028separator?"}, 3]
     path = tmp_path / "data.jsonl"
-    lines = [json.dumps(item, ensure_ascii=False) for item in (GOOD, odd, 3)]
+    lines = [json.dumps(item, ensure_ascii=False) for item in wanted]
     path.write_text(mark + "\r\n".join(lines) + "\n\n", encoding="utf-8", newline="")
-    result = load_records(path, None)
-    assert [record.turns[0].question for record in result.records] == ["Hello?", "Line\u2028separator?"]
-    assert [item.index for item in result.quarantined] == [2]
+    assert values(path) == wanted
 
 
 FILES: dict[str, tuple[str, bytes, str]] = {
@@ -276,6 +272,22 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "deep": ("data.json", b"[" * 200_000, "JSON that cannot be read: maximum recursion depth exceeded"),
     "long number": ("data.jsonl", b"1" * 5000, "JSON that cannot be read at line 1: Exceeds the limit"),
     "object": ("data.json", b'{"id": 1}', "holds an object where a JSON list of records is needed"),
+    "no list end": (
+        "data.json",
+        b'[{"id": 1}',
+        "malformed JSON at line 1, column 11: Expecting ',' delimiter",
+    ),
+    "no string end": (
+        "data.json",
+        b'[1,\n "x]',
+        "malformed JSON at line 2, column 2: Unterminated string starting at",
+    ),
+    "two lists": ("data.json", b"\xef\xbb\xbf[1]\n ]", "malformed JSON at line 2, column 2: Extra data"),
+    "late column": (
+        "data.json",
+        '[1,\n"é", "é" 2]'.encode(),
+        "malformed JSON at line 2, column 10: Expecting",
+    ),
     "empty list": ("data.json", b"[]", "holds no records; name a file with at least one"),
     "empty lines": ("data.jsonl", b"\n\n", "holds no records; name a file with at least one"),
     "latin 1": ("data.json", b'["caf\xe9"]', "is not UTF-8 at byte 5; save it as UTF-8"),
@@ -283,38 +295,23 @@ FILES: dict[str, tuple[str, bytes, str]] = {
 }
 
 
+@pytest.mark.parametrize("window", [4, 2**22])
 @pytest.mark.parametrize("case", FILES)
-def test_a_file_that_cannot_be_read(case: str, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read(
+    case: str, window: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "_WINDOW", window)
     name, data, message = FILES[case]
     path = tmp_path / name
     path.write_bytes(data)
     with pytest.raises(UserError) as caught:
-        load_records(path, None)
+        list(read_items(path))
     assert str(caught.value).startswith(f"{path}: {message}")
     assert "\n" not in str(caught.value)
 
 
-def test_paths_that_are_not_there(tmp_path: Path) -> None:
-    path = write(tmp_path / "data.json", [GOOD])
-    for source, images, message in [
-        (tmp_path / "absent.json", None, f"{tmp_path / 'absent.json'}: no such file"),
-        (tmp_path, None, f"{tmp_path}: is a directory; name the JSON file in it"),
-        (path, tmp_path / "absent", f"{tmp_path / 'absent'}: no such folder"),
-        (path, path, f"{path}: no such folder"),
-    ]:
-        with pytest.raises(UserError) as caught:
-            load_records(source, images)
-        assert str(caught.value).startswith(message)
-
-
-def test_no_usable_record_names_up_to_five_reasons(tmp_path: Path, folder: Path) -> None:
-    path = write(tmp_path / "data.json", [shown("half.jpg"), *[said("A?", "")] * 6])
-    with pytest.raises(UserError) as caught:
-        load_records(path, folder)
-    message = str(caught.value)
-    assert message.startswith(
-        f"{path}: none of its 7 records can be used: record 0 (id 'x'): unreadable image: "
-    )
-    assert "; record 4 (id 'x'): empty answer: turn 2 has no text" in message
-    assert message.endswith("; and 2 more")
-    assert "\n" not in message
+def test_files_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"absent\.json: no such file; name an existing JSON"):
+        list(read_items(tmp_path / "absent.json"))
+    with pytest.raises(UserError, match="is a directory; name the JSON file in it"):
+        list(read_items(tmp_path))

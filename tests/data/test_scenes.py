@@ -11,8 +11,10 @@ import pytest
 
 from vlmscale.config import DataConfig
 from vlmscale.data import scenes
+from vlmscale.data.dataset import Dataset
+from vlmscale.data.images import decode_image
 from vlmscale.data.scenes import Question, Scene
-from vlmscale.data.splits import Split, load_splits, read_records, write_records
+from vlmscale.data.splits import open_splits, prepare_records
 
 COUNT = 150
 Built = dict[str, tuple[list[Scene], list[list[Question]]]]
@@ -181,38 +183,44 @@ def test_blind_guess_against_every_possible_guess() -> None:
     assert scenes.blind_guess(asked, asked) == pytest.approx(wanted)
 
 
-def conversations(split: Split) -> list[tuple]:
-    return [(r.id, r.turns, r.task, r.task_group, r.chance) for r in split.records]
+def nothing(*_: object) -> None:
+    return None
+
+
+def prepared(config: DataConfig, out: Path) -> dict[str, Dataset]:
+    return {split: parts[0] for split, parts in open_splits(prepare_records(config, out, nothing)).items()}
 
 
 def test_export_reads_back_as_what_was_in_memory(tmp_path: Path) -> None:
     sizes = {"train": 12, "validation": 3, "test": 5}
-    paths = scenes.export(tmp_path, sizes, seed=4)
-    memory = load_splits(
-        DataConfig(train_images=12, validation_images=3, test_images=5, seed=4), scenes.IMAGE_SIZE
-    )
+    paths = scenes.export(tmp_path / "export", sizes, seed=4)
+    config = DataConfig(train_images=12, validation_images=3, test_images=5, seed=4)
+    memory = prepared(config, tmp_path / "memory")
     for split, count in sizes.items():
-        config = DataConfig(source="llava", records=str(paths[split]), images=str(tmp_path / "images"))
-        read = load_splits(config, scenes.IMAGE_SIZE)
-        assert not read.quarantined
-        disk, drawn = read.train, getattr(memory, split)
-        assert conversations(disk) == conversations(drawn)
-        assert disk.num_images == drawn.num_images == count
-        np.testing.assert_array_equal(disk.image_of, drawn.image_of)
-        for index in range(count):
-            np.testing.assert_array_equal(disk.load_image(index), drawn.load_image(index))
-    assert any(record.chance > 0 for record in memory.test.records)
-    assert all(len(record.turns) == 9 for record in memory.train.records)
-    assert all(len(record.turns) == 1 for record in memory.test.records)
+        images = str(tmp_path / "export" / "images")
+        config = DataConfig(source="llava", records=str(paths[split]), images=images)
+        disk, drawn = prepared(config, tmp_path / split)["train"], memory[split]
+        assert not disk.manifest["quarantined"]
+        assert [disk.read(i) for i in range(len(disk))] == [drawn.read(i) for i in range(len(drawn))]
+        assert len(disk.index.picture_record) == count
+        np.testing.assert_array_equal(disk.index.picture, drawn.index.picture)
+    train, test = ([data.record(i) for i in range(len(data))] for data in (memory["train"], memory["test"]))
+    assert any(record.chance > 0 for record in test)
+    assert all(len(record.turns) == 9 for record in train)
+    assert all(len(record.turns) == 1 for record in test)
 
 
-def test_records_file_reads_back(tmp_path: Path) -> None:
-    split = load_splits(DataConfig(train_images=4, validation_images=2, test_images=2), 48).test
-    assert split is not None
-    split.image_of[0] = -1
-    write_records(tmp_path / "test.records.jsonl", split)
-    records, image_of = read_records(tmp_path / "test.records.jsonl")
-    np.testing.assert_array_equal(image_of, split.image_of)
-    assert records[0].image is None
-    assert records[1].image is not None
-    assert [(r.id, r.turns, r.task, r.task_group, r.chance) for r in records] == conversations(split)
+def test_a_prepared_scene_is_the_one_that_is_drawn(tmp_path: Path) -> None:
+    data = prepared(DataConfig(train_images=4, validation_images=2, test_images=2), tmp_path / "out")
+    drawn, _ = scenes.build("test", 2, 0)
+    for index in range(len(data["test"])):
+        record, [png] = data["test"].read(index)
+        number = int(record.images[0].removeprefix("test/").removesuffix(".png"))
+        np.testing.assert_array_equal(decode_image(png), scenes.draw(drawn[number]))
+        assert record.turns[0].question.startswith("<image>\n")
+
+
+def test_scenes_of_another_number_replace_those_that_lie_there(tmp_path: Path) -> None:
+    for count in (4, 6):
+        config = DataConfig(train_images=count, validation_images=2, test_images=2)
+        assert len(prepared(config, tmp_path / "out")["train"]) == count

@@ -30,6 +30,7 @@ from vlmscale.data.tokenizer import (
     SPECIAL,
     decode,
     encode_prompt,
+    leading_ids,
     load_tokenizer,
     read_tokenizer,
     tokenizer_files,
@@ -358,3 +359,14 @@ def test_damaged_files(name: str, text: bytes, tmp_path: Path) -> None:
         read_tokenizer(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / name} is not ")
     assert "\n" not in str(caught.value)
+
+
+def test_leading_ids_are_what_the_tokenizer_puts_in_front() -> None:
+    llama = llama_like()
+    assert leading_ids(llama) == (1,)
+    llama.post_processor = processors.TemplateProcessing(
+        single="<s> </s> $A </s>", pair="$A $B", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    assert leading_ids(llama) == (1, 2)
+    assert leading_ids(qwen_like()) == leading_ids(own()) == ()
+    assert leading_ids(Tokenizer(models.BPE())) == ()  # no word in its vocabulary

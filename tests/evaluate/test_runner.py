@@ -15,6 +15,7 @@ from PIL import Image
 from tests.integration.tiny import lines, picture, read, train
 from vlmscale.cli import main
 from vlmscale.data import scenes
+from vlmscale.data.dataset import open_dataset
 from vlmscale.data.records import Turn
 from vlmscale.evaluate.generation import make_generate, prompt_batch
 from vlmscale.evaluate.runner import LoadedRun, answer_items, answer_one, load_run, make_items
@@ -73,7 +74,8 @@ def test_rows_have_every_field_with_its_type(run: Path) -> None:
 
 def test_answers_are_filed_by_item_and_explain_the_score(run: Path) -> None:
     rows = {row["task"]: row for row in lines(run / "result.jsonl")}
-    asked = {line["id"]: line for line in lines(run / "data" / "test.records.jsonl")}
+    dataset = open_dataset(run / "data" / "records", "test")
+    asked = {record.id: record for record in map(dataset.record, range(len(dataset)))}
     assert {path.stem for path in (run / "answers").iterdir()} == set(rows)
     seen: list[str] = []
     for task, row in rows.items():
@@ -81,17 +83,17 @@ def test_answers_are_filed_by_item_and_explain_the_score(run: Path) -> None:
         assert len(answered) == row["n_items"]
         hits = 0
         for line in answered:
-            question, truth = asked[line["id"]]["turns"][0]
-            assert (line["question"], line["truth"]) == (question, truth)
-            assert asked[line["id"]]["task"] == task
-            hits += line["answer"].strip() == truth
+            [turn] = asked[line["id"]].turns
+            assert (line["question"], line["truth"]) == (turn.question.removeprefix("<image>\n"), turn.answer)
+            assert asked[line["id"]].task == task
+            hits += line["answer"].strip() == turn.answer
         assert hits == row["score_raw"]
         seen += [line["id"] for line in answered]
     assert sorted(seen) == sorted(asked)
 
 
 def test_answers_do_not_depend_on_the_batch(loaded: LoadedRun) -> None:
-    items = make_items(*loaded.prepared.records("test"), "none")
+    items = make_items(loaded.prepared.datasets["test"], "none")
     answers = {}
     for size in (3, 72, 400):
         config = dataclasses.replace(loaded.cell.evaluate, batch_size=size)
@@ -105,30 +107,34 @@ def test_answers_do_not_depend_on_the_batch(loaded: LoadedRun) -> None:
 
 def test_cached_decoding_is_the_same_as_no_cache(loaded: LoadedRun) -> None:
     """Greedy, one forward pass a token over the whole text, without any cache."""
-    items = make_items(*loaded.prepared.records("test"), "none")[:4]
-    features = loaded.prepared.features("test", loaded.cell)["selected"]
+    items = make_items(loaded.prepared.datasets["test"], "none")[:4]
+    [dataset], [reader] = loaded.prepared.datasets["test"], loaded.prepared.pictures("test", loaded.cell)
+    assert reader is not None
+    shown = [reader.read(dataset, item.record, dataset.images(item.record))[0]["selected"] for item in items]
+    features = np.stack(shown)
     template, slots = loaded.prepared.template, loaded.cell.compressor.visual_tokens
     model = build_model(loaded.cell, loaded.prepared.tokenizer.get_vocab_size(), "loop")
     prompts = [template.prompt(item.question) for item in items]
-    length = max(map(len, prompts)) + slots
-    batch: dict[str, Any] = prompt_batch(prompts, [True] * 4, template, slots, length)
-    batch["selected"] = features[[item.image for item in items]]
-    made = np.asarray(make_generate(model, 6, (template.end,))(loaded.params, batch))
+    length = max(map(len, prompts)) + slots - 1
+    batch: dict[str, Any] = prompt_batch(prompts, template, slots, length)
+    batch["selected"] = features
+    [end] = template.stop_ids
+    made = np.asarray(make_generate(model, 6, template.stop_ids)(loaded.params, batch))
 
     @jax.jit
     def logits(batch: dict[str, Any], where: int) -> jax.Array:
         return model.apply({"params": loaded.params}, model_inputs(batch), where)[:, 0]
 
-    for row, (item, prompt) in enumerate(zip(items, prompts, strict=True)):
+    for row, prompt in enumerate(prompts):
         said: list[int] = []
-        while len(said) < 6 and template.end not in said:
-            whole: dict[str, Any] = prompt_batch([[*prompt, *said]], [True], template, slots, length + 6)
-            size = len(prompt) + len(said) + slots
+        while len(said) < 6 and end not in said:
+            whole: dict[str, Any] = prompt_batch([[*prompt, *said]], template, slots, length + 6)
+            size = len(prompt) + len(said) + slots - 1
             whole["positions"] = np.arange(length + 6)[None]
             whole["segment_ids"] = (np.arange(length + 6) < size)[None].astype(np.int32)
-            whole["selected"] = features[[item.image]]
+            whole["selected"] = features[[row]]
             said.append(int(np.argmax(logits(whole, np.array([[size - 1]], np.int32))[0])))
-        assert made[row].tolist() == said + [template.end] * (6 - len(said))
+        assert made[row].tolist() == said + [end] * (6 - len(said))
 
 
 def test_one_task_replaces_its_row_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,15 +179,17 @@ def test_a_picture_gets_the_answer_that_evaluation_gave(run: Path, tmp_path: Pat
 
 
 def test_gold_history_puts_true_turns_before_a_question(loaded: LoadedRun) -> None:
-    records, image_of = loaded.prepared.records("train")
-    alone = make_items(records[:1], image_of[:1], "none")
-    behind = make_items(records[:1], image_of[:1], "gold")
+    datasets = loaded.prepared.datasets["train"]
+    alone, behind = (make_items(datasets, history)[:9] for history in ("none", "gold"))
     assert (
         [item.id for item in alone] == [item.id for item in behind] == [f"train/000000#{i}" for i in range(9)]
     )
     assert all(item.history == () for item in alone)
-    assert behind[2].history == records[0].turns[:2]
+    assert behind[2].history == datasets[0].record(0).turns[:2]
     assert behind[2].history[0] == Turn(alone[0].question, alone[0].truth)
+    # The picture is shown in the first turn; a later question by itself brings it along.
+    assert behind[2].question == alone[2].question.removeprefix("<image>\n")
+    assert [item.images for item in alone] == [item.images for item in behind] == [1] * 9
 
 
 def test_a_run_that_is_not_trained_is_refused(

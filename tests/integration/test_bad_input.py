@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,12 +25,13 @@ Capture = pytest.CaptureFixture[str]
 
 
 def refused(words: list[str], capsys: Capture, *parts: str) -> None:
-    """Run the command line; it must exit with 2 and one line that has all `parts`."""
+    """Run the command line; it must exit with 2 and one line, behind what was done, that has all `parts`."""
     capsys.readouterr()
     code = main(words)
     out, error = capsys.readouterr()
     assert code == 2, error
     assert out == ""
+    error = re.sub(r"^[\w, ]+: \d+/\d+\n", "", error, flags=re.MULTILINE)  # stages that ended
     assert error.count("\n") == 1, error
     assert error.startswith(f"vlmscale {words[0]}: ")
     for part in parts:
@@ -155,28 +157,37 @@ def test_records_that_are_not_there(tmp_path: Path, capsys: Capture) -> None:
     refused([*other, f"--config.data.records={tmp_path}"], capsys, str(tmp_path))
 
 
-def test_an_answer_longer_than_the_context_is_set_aside_and_counted(tmp_path: Path, capsys: Capture) -> None:
+def test_what_does_not_fit_the_context_is_cut_or_set_aside_and_counted(
+    tmp_path: Path, capsys: Capture
+) -> None:
     records = [
         {"id": "broken", "conversations": []},
         {"id": "short", "conversations": talk("Say it.", "hello")},
-        {"id": "long", "conversations": talk("Say all.", "one two three " * 100)},
+        {"id": "long", "conversations": talk("one two three " * 100, "Said.")},
         {"id": "cut", "conversations": talk("First?", "yes") + talk("Then?", "one two three " * 100)},
+        {"id": "answer", "conversations": talk("Say all.", "one two three " * 100)},
     ]
     overrides = write_llava(tmp_path, records)
     run = tmp_path / "run"
     context = "--config.data.max_text_tokens=40"
     assert train(run, *overrides, context, config=LLAVA, count=4) == 0
     summary = next(line for line in capsys.readouterr().err.splitlines() if "records read" in line)
-    assert "4 records read, 2 used, 2 quarantined" in summary
+    assert "5 records read, 3 used, 2 quarantined" in summary
     assert "1 too long" in summary
     assert "1 empty conversation" in summary
     aside = lines(run / "data" / "quarantine.jsonl")
     assert [(item["index"], item["id"]) for item in aside] == [(0, "broken"), (2, "long")]
-    assert "data.max_text_tokens is 40" in aside[1]["reason"]
+    assert "data.max_text_tokens=40" in aside[1]["reason"]
     manifest = read(run / "data" / "manifest.json")
-    assert manifest["records"] == {"train": 2}
-    assert manifest["shortened_conversations"] == {"train": 1}
+    assert manifest["records"] == {"train": 3}
+    assert manifest["shortened_conversations"] == {"train": 3}
     assert manifest["quarantined"] == 2
+    # A question that is longer than anything trained on is not asked either.
+    assert main(["evaluate", "--run", str(run)]) == 0
+    asked = {line["id"] for line in lines(run / "answers" / "records.jsonl")}
+    assert asked == {"short", "cut#0", "cut#1", "answer"}
+    assert [line["id"] for line in lines(run / "not_asked.jsonl")] == ["long"]
+    assert "1 question" in capsys.readouterr().err
     only_long = write_llava(tmp_path / "long", records[2:3])
     words = train_words(tmp_path / "none", *only_long, context, config=LLAVA)
     refused(words, capsys, "no usable record", "too long")

@@ -39,4 +39,5 @@ def test_exported_scenes_train_and_evaluate(tmp_path: Path, capsys: pytest.Captu
     assert {row["task_group"] for row in rows} == {"reasoning", "ocr", "perception"}
     assert sum(row["n_items"] for row in rows) == 3 * 9
     written = {record["task"]: record["chance"] for record in read(data / "test.json")}
-    assert {row["task"]: row["chance"] for row in rows} == written
+    # A prepared data set holds it with 7 digits.
+    assert {row["task"]: row["chance"] for row in rows} == pytest.approx(written, rel=1e-6)

@@ -40,7 +40,7 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
 
 
 def check(code: int, error: str, place: Path) -> None:
-    stages = ("tower features", "scenes (", "training,", "answering")
+    stages = ("token lengths", "tower features", "scenes (", "training,", "answering")
     told = [line for line in error.splitlines() if not line.startswith(stages)]
     assert code == 2, error
     assert len(told) == 1, error

@@ -13,6 +13,7 @@ from PIL import Image
 
 from tests.integration.tiny import LLAVA, lines, picture, read, talk, train, write_llava
 from vlmscale.cli import main
+from vlmscale.data.dataset import open_dataset
 
 
 def image_record(name: str, file: str, question: str = "<image>\nWhat is this?") -> dict[str, Any]:
@@ -102,9 +103,10 @@ def test_good_records_are_used_and_every_other_has_its_reason(
     manifest = read(run / "data" / "manifest.json")
     assert manifest["records"] == {"train": len(good)}
     assert manifest["quarantined"] == len(aside) == len(bad)
-    assert manifest["images"] == {"train": 7}
+    dataset = open_dataset(run / "data" / "records")
+    assert len(dataset.index.picture_record) == 7
     assert manifest["summary"] in error
-    assert {line["id"] for line in lines(run / "data" / "train.records.jsonl")} == good
+    assert {dataset.record(index).id for index in range(len(dataset))} == good
     assert all(np.isfinite(line["loss"]) for line in lines(run / "metrics.jsonl"))
 
     assert main(["evaluate", "--run", str(run)]) == 0
@@ -120,7 +122,7 @@ def test_text_alone_trains_and_answers(visual_tokens: int, tmp_path: Path) -> No
     overrides = (*write_llava(tmp_path, records), f"--config.compressor.visual_tokens={visual_tokens}")
     run = tmp_path / "run"
     assert train(run, *overrides, config=LLAVA, count=4) == 0
-    assert read(run / "data" / "manifest.json")["images"] == {"train": 0}
+    assert not len(open_dataset(run / "data" / "records").index.picture)
     assert main(["evaluate", "--run", str(run)]) == 0
     [row] = lines(run / "result.jsonl")
     assert row["n_items"] == 3

@@ -16,7 +16,6 @@ from launch.state import CellDirectory, open_sweep
 from tests.integration.tiny import DATA, lines, read, saved_steps, steps, wait_for
 from vlmscale.cli import main
 from vlmscale.config import load_cell, load_sweep
-from vlmscale.train.prepared import prepare
 
 FILE = """
 from vlmscale.config import Sweep, load_cell
@@ -164,23 +163,22 @@ def test_a_failing_cell_is_reported_and_the_other_finishes(
     command, out = words(tmp_path, count=8), tmp_path / "out"
     sweep = load_sweep(command[2], [word for word in command if word.startswith("--config.")])
     opened = open_sweep(sweep, out)
-    prepared = prepare(sweep.cells, out / "data", lambda *_: None)
-    features = prepared.path / "train.selected.npy"
-    whole = features.read_bytes()
-    features.write_bytes(whole[:1000])
+    in_the_way = opened[1].path / "metrics.jsonl"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_bytes(b"\xff\xfe")
     assert main(command) == 1
     told = capsys.readouterr()
-    assert f"toy-14k pool V=1 ({opened[1].id}) failed: ValueError: " in told.err
+    assert f"toy-14k pool V=1 ({opened[1].id}) failed: UnicodeDecodeError: " in told.err
     assert "log.txt" in told.err
     assert "Traceback" not in told.err
     assert told.err.count("failed (exit 1)") == 3, "a fault is tried three times"
     assert {row["visual_tokens"] for row in lines(out / "results.jsonl")} == {0}
     status = read(opened[1].path / "status.json")
     assert status["state"] == "failed"
-    assert status["last_error"].startswith("ValueError: ")
+    assert status["last_error"].startswith("UnicodeDecodeError: ")
     assert "Traceback" in (opened[1].path / "log.txt").read_text()
 
-    features.write_bytes(whole)
+    in_the_way.unlink()
     assert main(command) == 0
     assert {row["visual_tokens"] for row in lines(out / "results.jsonl")} == {0, 1}
     assert read(opened[1].path / "status.json")["last_error"] is None

@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -50,7 +51,12 @@ def straight(cell: Cell, data: Prepared, tmp_path_factory: pytest.TempPathFactor
 def check_same(run: Path, straight: Path) -> None:
     assert read(run / "done.json")["params_sha256"] == read(straight / "done.json")["params_sha256"]
     assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
-    assert lines(run / "metrics.jsonl") == lines(straight / "metrics.jsonl")
+    assert numbers(run) == numbers(straight)
+
+
+def numbers(run: Path) -> list[dict[str, Any]]:
+    """What the steps gave, without what a clock said."""
+    return [{**line, "input_wait_s": line["input_wait_s"] >= 0} for line in lines(run / "metrics.jsonl")]
 
 
 def test_a_straight_run_logs_every_step_once_and_keeps_its_last_state(straight: Path) -> None:

@@ -8,20 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.integration.tiny import DATA, SCENES, lines, read, steps
+from tests.integration.tiny import DATA, SCENES, read, steps
 from vlmscale.compressors.features import tower_features
 from vlmscale.config import Cell, load_cell
 from vlmscale.data import scenes
+from vlmscale.data.pipeline import in_order
+from vlmscale.data.sources import Stored
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import TOWERS
-from vlmscale.train.prepared import (
-    Prepared,
-    load_tower,
-    needs_of,
-    pixels_of,
-    prepare,
-    tower_path,
-)
+from vlmscale.train.frozen import load_tower, needs_of, tower_path
+from vlmscale.train.prepared import Prepared, pixels_of, prepare
 from vlmscale.weights import tree
 
 
@@ -59,23 +55,25 @@ def prepared(cells: list[Cell], tmp_path_factory: pytest.TempPathFactory) -> Pre
 
 def test_features_are_the_towers_over_several_batches(prepared: Prepared) -> None:
     """300 pictures are more than one batch of 256."""
+    chosen = [0, 1, 255, 256, 299]
     stored: dict[str, np.ndarray] = {}
     for name, fields in READ.items():
-        made = prepared.features("train", cell_of(name))
-        assert set(made) == {"selected"} | fields - {"tower"}
-        stored |= made
+        [reader] = prepared.pictures("train", cell_of(name))
+        assert isinstance(reader, Stored)
+        assert set(reader.names) == {"selected"} | fields - {"tower"}
+        assert len(reader.store) == 300
+        made = reader.store.gather(chosen)
+        stored |= {field: made[field] for field in reader.names}
     drawn, _ = scenes.build("train", 300, 0)
     params = load_tower(tower_path(tiny()), "scenes-48")
-    chosen = [0, 1, 255, 256, 299]
     pixels = np.stack([pixels_of(scenes.draw(drawn[i]), tiny()) for i in chosen])
     needs = frozenset({"levels", "mean_attention", "keys", "stack"})
     wanted = tower_features(TOWERS["scenes-48"], params, pixels, needs)
     assert wanted.keys() == stored.keys()
     for name, values in wanted.items():
-        assert stored[name].shape == (300, *values.shape[1:])
         assert stored[name].dtype == np.float32
-        np.testing.assert_allclose(stored[name][chosen], values, rtol=1e-5, atol=1e-5)
-    assert prepared.features("train", tiny("--config.compressor.visual_tokens=0")) == {}
+        np.testing.assert_allclose(stored[name], values, rtol=1e-5, atol=1e-5)
+    assert prepared.pictures("train", tiny("--config.compressor.visual_tokens=0")) == [None]
 
 
 def test_a_method_says_what_it_reads() -> None:
@@ -105,15 +103,20 @@ def test_a_tower_without_a_pooling_head_says_what_to_do(tmp_path: Path) -> None:
 
 
 def test_rows_show_the_picture_that_their_record_names(prepared: Prepared) -> None:
-    rows = prepared.rows("test", tiny())
-    records = lines(prepared.path / "test.records.jsonl")
-    assert [int(record["id"].split("/")[1].split("-")[0]) for record in records] == rows.images.tolist()
-    template = prepared.template
-    for row, record in zip(rows.rows[:20], records, strict=False):
-        answer = record["turns"][0][1]
-        assert template.decode(row.target_ids.tolist()) == answer
-        assert row.image_slots.sum() == 4
-        assert row.tokens[row.target_positions + 1].tolist() == row.target_ids.tolist()
+    samples = prepared.samples("test", tiny())
+    [dataset], [reader] = prepared.datasets["test"], prepared.pictures("test", tiny())
+    assert isinstance(reader, Stored)
+    batch = next(in_order(samples.source, samples.one_per_row(), 20))
+    for row in range(20):
+        record = dataset.record(row)
+        number = int(record.images[0].removeprefix("test/").removesuffix(".png"))
+        assert dataset.index.picture[row] == number
+        np.testing.assert_array_equal(batch["selected"][row], reader.store[number]["selected"])
+        targets = batch["target_ids"][row][batch["target_mask"][row]]
+        assert prepared.template.decode(targets.tolist()) == record.turns[0].answer
+        assert batch["image_slots"][row].sum() == 4
+        places = batch["target_positions"][row][batch["target_mask"][row]]
+        assert batch["tokens"][row][places + 1].tolist() == targets.tolist()
 
 
 def test_it_is_made_once_and_other_data_is_refused(prepared: Prepared, cells: list[Cell]) -> None:
@@ -136,9 +139,10 @@ def test_a_directory_without_a_manifest_is_made_again(
 ) -> None:
     out = tmp_path / "data"
     out.mkdir()
-    (out / "train.selected.npy").write_bytes(b"half")
     (out / "tokenizer.json").write_text("{")
     made = prepare(cells, out, nothing)
     assert made.manifest == prepared.manifest == read(out / "manifest.json")
-    for path in prepared.path.iterdir():
-        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    files = [path.relative_to(prepared.path) for path in prepared.path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert (out / path).read_bytes() == (prepared.path / path).read_bytes(), path

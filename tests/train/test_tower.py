@@ -16,7 +16,8 @@ from vlmscale.data import scenes
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import TOWERS
 from vlmscale.train import tower as recipe
-from vlmscale.train.prepared import load_tower, pixels_of, tower_path
+from vlmscale.train.frozen import load_tower, tower_path
+from vlmscale.train.prepared import pixels_of
 from vlmscale.weights import tree
 
 

@@ -1,9 +1,9 @@
 """From a picture's bytes to the normalised array that a vision tower reads.
 
 Owns decoding (with every way in which a file may be bad turned into one reason), the one way in which
-pictures are padded, resized, cropped and normalised (`transform`), and the three preprocessing modes. What a
-published checkpoint says about its preprocessing is `processor.py`'s business; where the files lie, and
-which record they belong to, is `records.py`'s.
+pictures are padded, resized and cropped (`resize`) and normalised (`normalise`), and the three preprocessing
+modes. What a published checkpoint says about its preprocessing is `processor.py`'s business; where the files
+lie, and which record they belong to, is `records.py`'s.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from vlmscale.errors import UserError
 
 MODES = ("resize", "pad", "crop")
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses; decoding takes about 10 bytes a pixel at its peak
-MAX_SIDE = 65_535  # the longest side of a JPEG; bounds the memory of `transform` for thin pictures
+MAX_SIDE = 65_535  # the longest side of a JPEG; bounds the memory of `resize` for thin pictures
 DRAFT_PIXELS = (
     2**25
 )  # only a larger JPEG is decoded at reduced size, so that usual ones match LLaVA's exactly
-_WHOLE_PIXELS = 2**26  # the largest picture that `transform` builds on the way to its small one
+_WHOLE_PIXELS = 2**26  # the largest picture that `resize` builds on the way to its small one
 _BLOCK_PIXELS = 2**22
 
 # By their first bytes. Pillow's own registry is passed by: it also holds formats that start another program
@@ -75,6 +75,17 @@ def decode_image(
     Raises:
         ImageError: the file is absent, has zero bytes, is of another format, too large, truncated or damaged.
     """
+    return np.asarray(open_image(source, max_pixels=max_pixels, target=target))
+
+
+def open_image(
+    source: Path | bytes, *, max_pixels: int = MAX_PIXELS, target: int | None = None
+) -> Image.Image:
+    """As `decode_image`, but left in Pillow's memory: an array, and back again, would be two copies.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
     if isinstance(source, bytes):
         return _decode(io.BytesIO(source), max_pixels, target)
     try:
@@ -98,11 +109,26 @@ def preprocess(
     - "crop": shorter side to S, longer to int(S * long / short), then the centre S x S (Hugging Face's
       CLIPImageProcessor, LLaVA's stage 1).
 
-    Memory, and what it costs in exactness for huge pictures: see `transform`.
+    Memory, and what it costs in exactness for huge pictures: see `resize`.
 
     Raises:
         UserError: `mode`, `image_size`, `mean` or `std` is not one that can be used.
         ValueError: `image` is not uint8 [H, W, 3], is empty, or has a side above `MAX_SIDE`.
+    """
+    return normalise(tower_pixels(image, image_size, mean, std, mode), 1 / 255, mean, std)
+
+
+def tower_pixels(
+    image: np.ndarray | Image.Image, image_size: int, mean: Sequence[float], std: Sequence[float], mode: str
+) -> np.ndarray:
+    """The 8-bit half of `preprocess`: uint8 [H, W, 3] to uint8 [S, S, 3], before anything is normalised.
+
+    The picture may also be what `open_image` returns.
+
+    `normalise(pixels, 1 / 255, mean, std)` is the other half.
+
+    Raises:
+        UserError, ValueError: as `preprocess`.
     """
     if image_size < 1:
         raise UserError(f"image size {image_size} is too small: use 1 pixel or more")
@@ -111,22 +137,13 @@ def preprocess(
             f"image mean {tuple(mean)} and std {tuple(std)} must have three numbers each, with std above 0"
         )
     size, crop, fill = geometry(image_size, mean, mode)
-    return transform(
-        image,
-        size=size,
-        crop=crop,
-        fill=fill,
-        resample=Image.Resampling.BICUBIC,
-        scale=1 / 255,
-        mean=mean,
-        std=std,
-    )
+    return resize(image, size=size, crop=crop, fill=fill, resample=Image.Resampling.BICUBIC)
 
 
 def geometry(
     image_size: int, mean: Sequence[float], mode: str
 ) -> tuple[int | tuple[int, int], tuple[int, int] | None, tuple[int, int, int] | None]:
-    """`size`, `crop` and `fill` of `transform` for a mode of `preprocess`.
+    """`size`, `crop` and `fill` of `resize` for a mode of `preprocess`.
 
     Raises:
         UserError: there is no such mode.
@@ -145,32 +162,27 @@ def pad_colour(mean: Sequence[float]) -> tuple[int, int, int]:
     return red, green, blue
 
 
-def transform(
-    image: np.ndarray,
+def resize(
+    image: np.ndarray | Image.Image,
     *,
     size: int | tuple[int, int] | None,
     crop: tuple[int, int] | None,
     fill: tuple[int, int, int] | None,
     resample: int,
-    scale: float,
-    mean: Sequence[float],
-    std: Sequence[float],
 ) -> np.ndarray:
-    """A picture padded, resized, cropped, then times `scale`, minus `mean`, over `std`; float32 [h, w, 3].
+    """A picture padded, resized, then cropped; uint8 [h, w, 3].
 
     The steps, their order and their rounding are those of transformers' image processors on Pillow
     (`PilBackend` in image_processing_backends.py; `LlavaImageProcessorPil` for the padding).
 
     Args:
-      image: the picture, uint8 [H, W, 3].
+      image: the picture, uint8 [H, W, 3], or what `open_image` returns.
       size: (height, width) in pixels, the aspect ratio is lost; or the length of the shorter side, the longer
         becomes int(size * long / short); or None, nothing is resized.
       crop: (height, width) in pixels of the centre that is kept, black where the picture is smaller; or None.
       fill: the 8-bit colour that a picture is padded with to a square, centred at (long - short) // 2, before
         it is resized (`size` must be given); or None.
       resample: Pillow's number of the filter, 0 to 5.
-      scale: what the 8-bit values are multiplied with.
-      mean, std: one number a channel, for scaled values.
 
     Returns:
       [h, w, 3]: `crop`'s sides, else those of the resized picture.
@@ -184,24 +196,36 @@ def transform(
       ValueError: `image` is not uint8 [H, W, 3], is empty, or has a side above `MAX_SIDE`; `fill` without
         `size`.
     """
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
-    if min(image.shape) < 1 or max(image.shape) > MAX_SIDE:
-        raise ValueError(f"image sides must be 1 to {MAX_SIDE}, not {list(image.shape[:2])}")
-    picture, filter_ = Image.fromarray(image), Image.Resampling(resample)
+    picture = image if isinstance(image, Image.Image) else _from_array(image)
+    filter_ = Image.Resampling(resample)
     if fill is not None:
         if size is None:
             raise ValueError("a picture that is padded must be resized too")
         height, width = (size, size) if isinstance(size, int) else size
         picture = _pad(picture, width, height, fill, filter_)
     width, height = _resized(picture, size)
-    picture = _resize_and_crop(picture, width, height, crop, filter_)
-    scaled = (np.asarray(picture) * float(scale)).astype(np.float32)
+    return np.asarray(_resize_and_crop(picture, width, height, crop, filter_))
+
+
+def normalise(pixels: np.ndarray, scale: float, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """8-bit values [..., 3] times `scale`, minus `mean`, over `std`, one number a channel; float32.
+
+    As transformers does it on Pillow: the product in float64, rounded to float32, the rest in float32.
+    """
+    scaled = (pixels * float(scale)).astype(np.float32)
     return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
-def _decode(file: BinaryIO, max_pixels: int, target: int | None) -> np.ndarray:
-    """`decode_image` on an open file."""
+def _from_array(image: np.ndarray) -> Image.Image:
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"an image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+    if min(image.shape) < 1 or max(image.shape) > MAX_SIDE:
+        raise ValueError(f"image sides must be 1 to {MAX_SIDE}, not {list(image.shape[:2])}")
+    return Image.fromarray(image)
+
+
+def _decode(file: BinaryIO, max_pixels: int, target: int | None) -> Image.Image:
+    """`open_image` on an open file."""
     head = file.read(16)
     file.seek(0)
     if not head:
@@ -241,14 +265,14 @@ def _fit(image: ImageFile.ImageFile, max_pixels: int, target: int | None) -> Non
         )
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """A loaded picture of any Pillow mode as uint8 [H, W, 3]."""
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """A loaded picture of any Pillow mode with 8-bit red, green and blue."""
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _gray16_to_rgb(np.asarray(image))
+        return Image.fromarray(_gray16_to_rgb(np.asarray(image)))
     if image.mode == "F":
         raise ImageError("has floating point pixels, whose range is not known: save it with 8 bits")
     image.info.pop("transparency", None)  # dropped by convert("RGB") too, but with a warning
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _gray16_to_rgb(gray: np.ndarray) -> np.ndarray:
@@ -264,7 +288,7 @@ def _gray16_to_rgb(gray: np.ndarray) -> np.ndarray:
 
 
 def _resized(picture: Image.Image, size: int | tuple[int, int] | None) -> tuple[int, int]:
-    """(width, height) that `size` of `transform` asks for."""
+    """(width, height) that `size` of `resize` asks for."""
     if isinstance(size, tuple):
         return size[1], size[0]
     width, height = picture.size
@@ -277,11 +301,16 @@ def _resized(picture: Image.Image, size: int | tuple[int, int] | None) -> tuple[
 def _pad(
     picture: Image.Image, width: int, height: int, fill: tuple[int, int, int], resample: Image.Resampling
 ) -> Image.Image:
-    """Pads to a square, then resizes; beyond `_WHOLE_PIXELS` the long side is resized before the padding."""
+    """Pads to a square, then resizes; where the long side is resized before the padding, this is cheaper.
+
+    Of a wide picture that is exact, for Pillow resizes rows before columns, and padding's rows stay as they
+    are. Of a tall one it is done only beyond `_WHOLE_PIXELS`.
+    """
     side, wide = max(picture.size), picture.width >= picture.height
-    across, down = side, side
-    if side * side > _WHOLE_PIXELS:
-        across, down = (width, side) if wide else (side, height)
+    across, down = (width, side) if wide else (side, side)
+    if not wide and side * side > _WHOLE_PIXELS:
+        down = height
+    if (across, down) != (side, side):
         picture = picture.resize((across, picture.height) if wide else (picture.width, down), resample)
     square = Image.new("RGB", (across, down), fill)
     square.paste(picture, (0, (side - picture.height) // 2) if wide else ((side - picture.width) // 2, 0))

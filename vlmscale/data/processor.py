@@ -3,7 +3,7 @@
 Equal to transformers' reference processors `CLIPImageProcessor`, `SiglipImageProcessor` and
 `LlavaImageProcessor` in their Pillow variants (5.23: image_processing_backends.py, models/clip, models/siglip
 and models/llava); the `Fast` and torchvision variants of the same files differ from those by an 8-bit level.
-How a picture is resized, cropped and normalised is `images.transform`'s business.
+How a picture is resized, cropped and normalised is the business of `images.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmscale.data.images import geometry, pad_colour, transform
+from vlmscale.data.images import geometry, normalise, pad_colour, resize
 from vlmscale.errors import UserError
 from vlmscale.records import read_object
 
@@ -133,14 +133,12 @@ class ImageProcessor:
         transformers 5 lays such pictures on white.
 
         Raises:
-          ValueError: as `images.transform`.
+          ValueError: as `images.resize`.
         """
-        return transform(
-            image,
-            size=self.size,
-            crop=self.crop,
-            fill=pad_colour(self.mean) if self.pad else None,
-            resample=self.resample,
+        fill = pad_colour(self.mean) if self.pad else None
+        pixels = resize(image, size=self.size, crop=self.crop, fill=fill, resample=self.resample)
+        return normalise(
+            pixels,
             scale=1.0 if self.scale is None else self.scale,
             mean=self.mean if self.normalise else (0.0, 0.0, 0.0),
             std=self.std if self.normalise else (1.0, 1.0, 1.0),

@@ -1,35 +1,36 @@
-"""LLaVA JSON into checked records.
+"""LLaVA JSON into checked records, one at a time.
 
-Owns reading, checking and refusing; a record that cannot be used is set aside with a reason and counted,
-never skipped in silence. Templates, tokens and pixels belong to other modules.
+Owns the reading of JSON record by record, so that a file of a gigabyte never lies in memory as objects, and
+the checks of a record and of its image paths; one that cannot be used is refused with a reason. Pictures and
+the prepared data set belong to `shards.py` and `prepare.py`, templates and tokens to `conversation.py`.
 """
 
 from __future__ import annotations
 
-import hashlib
+import codecs
 import json
 import math
-import os
+import mmap
 import re
-from collections import Counter
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmscale.data.images import ImageError, decode_image
 from vlmscale.errors import UserError
 
 PLACEHOLDER = "<image>"
 _ROLES = ("human", "gpt")
-_MAX_THREADS = 8
 _TASK = re.compile(r"(?!\.)[\w .-]{0,60}")
+_SPACE = re.compile(r"[ \t\n\r]*")
+_WINDOW = 2**22  # bytes of a JSON list that are decoded together
+_BOM = codecs.BOM_UTF8
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer. The question is free of the image placeholder; both are stripped."""
+    """A question, with PLACEHOLDER wherever a picture is shown, and its answer; both are stripped."""
 
     question: str
     answer: str
@@ -37,148 +38,155 @@ class Turn:
 
 @dataclass(frozen=True)
 class Record:
-    """One usable conversation. `image` is absolute (None: text alone) and goes before the first question.
+    """One usable conversation.
 
-    `task`, `task_group` and `chance` (the score of guessing, 0..1) are read from the JSON where present.
+    `images` are names as written in the JSON, one for each placeholder of the questions, in order; () is
+    text alone. `task`, `task_group` and `chance` (the score of guessing, 0..1) are the JSON's, where given.
     """
 
     id: str
-    image: Path | None
+    images: tuple[str, ...]
     turns: tuple[Turn, ...]
     task: str = ""
     task_group: str = ""
     chance: float = 0.0
 
 
-@dataclass(frozen=True)
-class Quarantined:
-    """A record that cannot be used. `reason` is one line, "class: detail"; `index` counts records from 0."""
-
-    index: int
-    id: str
-    reason: str
+class RefusedError(Exception):
+    """Why one record cannot be used: one line, "class: detail"."""
 
 
-@dataclass
-class Records:
-    """What a file held. `sha256` is that of the file's bytes; order is the file's."""
+def read_items(path: Path) -> Iterator[tuple[int, int, Any]]:
+    """The values of a JSON list, or of JSON Lines where the name ends in .jsonl, in the order of the file.
 
-    records: list[Record]
-    quarantined: list[Quarantined]
-    source: Path
-    sha256: str
-
-    def summary(self) -> str:
-        """One line: how many records were read, used and quarantined, the latter by class of reason."""
-        read = len(self.records) + len(self.quarantined)
-        line = f"{self.source}: {read} records read, {len(self.records)} used"
-        repeated = len(self.records) - len({record.id for record in self.records})
-        if repeated:
-            line += f" ({repeated} with an id already seen)"
-        line += f", {len(self.quarantined)} quarantined"
-        classes = Counter(item.reason.split(":", 1)[0] for item in self.quarantined)
-        if classes:
-            line += " (" + ", ".join(f"{count} {name}" for name, count in classes.most_common()) + ")"
-        return line
-
-
-class _RefusedError(Exception):
-    """Why one record cannot be used."""
-
-
-def load_records(
-    path: Path, images: Path | None, *, check_images: bool = True, image_target: int | None = None
-) -> Records:
-    """Reads a JSON list of LLaVA records, or JSON Lines where the name ends in .jsonl.
-
-    Image paths are relative to `images`. With `check_images` every picture is decoded in full, once however
-    many records show it, as `decode_image(..., target=image_target)` will do in training; without it only
-    presence and size 0 are checked. Conversations follow LLaVA (llava/train/train.py): a leading gpt turn is
-    dropped, the rest must alternate human and gpt. Refused where LLaVA would go on: a placeholder in any turn
-    but the first human one (LLaVA moves it to the front of that turn), several placeholders (it merges those
-    of one turn), an image that no placeholder shows, and a last question without an answer. A key that
-    is null counts as absent.
+    Yields:
+        (start, end, value): the bytes [start, end) of the file hold the value's JSON and nothing else but
+        white space. One value at a time is in memory.
 
     Raises:
-        UserError: the file or the folder cannot be read, the JSON is malformed, or no usable record is left.
+        UserError: the file cannot be read, the JSON is malformed, or it holds no record.
     """
-    raw, digest = _read(path)
-    if images is not None and not images.is_dir():
-        raise UserError(f"{images}: no such folder; name the one that image paths are relative to")
-    parsed: list[tuple[Record, str | None] | Quarantined] = []
-    for index, item in enumerate(raw):
-        try:
-            parsed.append(_parse(item, index))
-        except _RefusedError as error:
-            parsed.append(Quarantined(index, _id_text(item, index), str(error)))
-    names = {
-        entry[1]: None for entry in parsed if not isinstance(entry, Quarantined) and entry[1] is not None
-    }
-    found = _find_images(names, images, check_images, image_target)
-    result = Records([], [], path, digest)
-    for index, entry in enumerate(parsed):
-        if isinstance(entry, Quarantined):
-            result.quarantined.append(entry)
-            continue
-        record, name = entry
-        place = found[name] if name is not None else None
-        if isinstance(place, str):
-            result.quarantined.append(Quarantined(index, record.id, place))
-        else:
-            result.records.append(replace(record, image=place))
-    if not result.records:
-        shown = "; ".join(f"record {q.index} (id {_quote(q.id)}): {q.reason}" for q in result.quarantined[:5])
-        more = len(result.quarantined) - 5
-        raise UserError(
-            f"{path}: none of its {len(raw)} records can be used: {shown}"
-            + (f"; and {more} more" * (more > 0))
-        )
-    return result
-
-
-def write_quarantine(quarantined: list[Quarantined], path: Path) -> None:
-    """Writes one JSON line (index, id, reason) for each quarantined record; an empty file if there is none.
-
-    Raises:
-        UserError: `path` cannot be written.
-    """
-    lines = [
-        json.dumps({"index": item.index, "id": item.id, "reason": item.reason}) + "\n" for item in quarantined
-    ]
     try:
-        path.write_text("".join(lines), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
-
-
-def _read(path: Path) -> tuple[list[Any], str]:
-    """The records of a file, unchecked, and the sha256 of its bytes."""
-    try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            if not path.stat().st_size:  # which cannot be mapped
+                yield from _read(path, b"")
+            else:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    yield from _read(path, data)
     except IsADirectoryError:
         raise UserError(f"{path}: is a directory; name the JSON file in it") from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; name an existing JSON or JSON Lines file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 at byte {error.start}; save it as UTF-8") from None
-    digest = hashlib.sha256(data).hexdigest()
-    del data
-    if path.suffix.lower() == ".jsonl":
-        # Not splitlines(): JSON strings may hold U+2028 and its like.
-        lines = enumerate(text.split("\n"), start=1)
-        raw = [_json(path, line, number) for number, line in lines if line.strip()]
-    else:
-        raw = _json(path, text, None)
-        if not isinstance(raw, list):
-            kind = _kind(raw)
-            raise UserError(f"{path}: holds {kind} where a JSON list of records is needed")
-    if not raw:
+
+
+def _read(path: Path, data: bytes | mmap.mmap) -> Iterator[tuple[int, int, Any]]:
+    """`read_items` on the bytes of a file."""
+    read = _read_lines if path.suffix.lower() == ".jsonl" else _read_list
+    empty = True
+    for item in read(path, data, len(_BOM) if data[: len(_BOM)] == _BOM else 0):
+        empty = False
+        yield item
+    if empty:
         raise UserError(f"{path}: holds no records; name a file with at least one")
-    return raw, digest
+
+
+def _read_lines(path: Path, data: bytes | mmap.mmap, start: int) -> Iterator[tuple[int, int, Any]]:
+    """The values of a JSON Lines file."""
+    number = 0
+    while start < len(data):
+        # Not splitlines(): JSON strings may hold U+2028 and its like.
+        end = data.find(b"\n", start)
+        end, number = len(data) if end < 0 else end, number + 1
+        line, _ = _decode(path, data, start, end, final=True)
+        if line.strip():
+            yield start, end, _json(path, line, number)
+        start = end + 1
+
+
+def _read_list(path: Path, data: bytes | mmap.mmap, start: int) -> Iterator[tuple[int, int, Any]]:
+    """The values of a JSON list, decoded window by window."""
+    offset = _skip(data, start)
+    if data[offset : offset + 1] != b"[":
+        value = _json(path, _decode(path, data, start, len(data), final=True)[0], None)
+        raise UserError(f"{path}: holds {_kind(value)} where a JSON list of records is needed")
+    offset = _skip(data, offset + 1)
+    closed, size = data[offset : offset + 1] == b"]", _WINDOW
+    offset += closed
+    while not closed:
+        final = offset + size >= len(data)
+        text, ascii_ = _decode(path, data, offset, min(offset + size, len(data)), final=final)
+        at = 0
+        try:
+            while not closed:
+                space = _space_end(text, at) - at  # where the window before ended within it
+                offset, at = offset + space, at + space
+                value, end, following, closed = _list_item(text, at)
+                stop = offset + (end - at if ascii_ else len(text[at:end].encode()))
+                yield offset, stop, value
+                offset, at = stop + following - end, following  # what is between is ASCII
+        except json.JSONDecodeError as error:
+            if final or not _cut_off(error):
+                place = offset + len(text[at : error.pos].encode())
+                raise _malformed(path, data, start, place, error.msg) from None
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, lists thousands deep
+            raise UserError(f"{path}: JSON that cannot be read: {str(error).split(';')[0]}") from None
+        size = _WINDOW if at else 2 * size  # one value that is longer than the window
+    rest = _skip(data, offset)
+    if rest < len(data):
+        raise _malformed(path, data, start, rest, "Extra data")
+
+
+def _list_item(text: str, at: int) -> tuple[Any, int, int, bool]:
+    """The value that begins at a position of a list: (value, its end, where to go on, the list is closed).
+
+    Raises:
+        json.JSONDecodeError: malformed, or the text ends before the next comma or bracket.
+    """
+    value, end = _DECODER.raw_decode(text, at)
+    following = _space_end(text, end)
+    if text[following : following + 1] == "]":
+        return value, end, following + 1, True
+    if text[following : following + 1] != ",":
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, following)
+    return value, end, _space_end(text, following + 1), False
+
+
+def _cut_off(error: json.JSONDecodeError) -> bool:
+    """Whether more text might mend it: the fault is at the end, or a string that does not end."""
+    return error.pos > len(error.doc) - 16 or error.msg.startswith("Unterminated string")
+
+
+def _space_end(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    assert match is not None  # it matches nothing at all, too
+    return match.end()
+
+
+def _skip(data: bytes | mmap.mmap, at: int) -> int:
+    """The first byte from `at` on that is not white space."""
+    while at < len(data) and data[at] in b" \t\n\r":
+        at += 1
+    return at
+
+
+def _decode(path: Path, data: bytes | mmap.mmap, start: int, end: int, *, final: bool) -> tuple[str, bool]:
+    """Text of bytes [start, end), but no cut character at the end unless `final`; and whether it is ASCII."""
+    try:
+        text, _ = codecs.utf_8_decode(data[start:end], "strict", final)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 at byte {start + error.start}; save it as UTF-8") from None
+    return text, text.isascii()
+
+
+def _malformed(path: Path, data: bytes | mmap.mmap, start: int, place: int, message: str) -> UserError:
+    """The line for bad JSON at byte `place` of a file whose text begins at byte `start`."""
+    lines, at = 1, start
+    while (found := data.find(b"\n", at, place)) >= 0:
+        lines, at = lines + 1, found + 1
+    column = len(data[at:place].decode()) + 1
+    return UserError(f"{path}: malformed JSON at line {lines}, column {column}: {message}")
 
 
 def _json(path: Path, text: str, line: int | None) -> Any:
@@ -194,79 +202,128 @@ def _json(path: Path, text: str, line: int | None) -> Any:
         raise UserError(f"{path}: JSON that cannot be read{place}: {str(error).split(';')[0]}") from None
 
 
-def _parse(item: Any, index: int) -> tuple[Record, str | None]:
-    """A record without its image, and the image's path as written (None for text alone)."""
+def parse_record(item: Any, index: int) -> Record:
+    """The record that a JSON value holds; `index` is its id where it has none.
+
+    Conversations follow LLaVA (llava/train/train.py): a leading gpt turn is dropped, the rest must alternate
+    human and gpt. `image` is a text or a list of texts; placeholders stand anywhere in human turns, one for
+    each image (LLaVA moves them to the front of their turn; here the templates decide). Refused where LLaVA
+    would go on: a placeholder in a gpt turn, another number of placeholders than of images, and a last
+    question without an answer. A key that is null counts as absent. Images are not looked for.
+
+    Raises:
+        RefusedError: it cannot be used.
+    """
     if not isinstance(item, dict):
-        raise _RefusedError(f"not a record: {_kind(item)} where an object is needed")
+        raise RefusedError(f"not a record: {_kind(item)} where an object is needed")
     identity = item.get("id")
     if identity is not None and (isinstance(identity, bool) or not isinstance(identity, str | int)):
-        raise _RefusedError(f"bad id: it is {_kind(identity)}, not text")
-    name = item.get("image")
-    if name is not None and not isinstance(name, str):
-        raise _RefusedError(
-            f"bad image path: it is {_kind(name)}, not text (one image a record is supported)"
-        )
-    if name is not None and not name.strip():
-        raise _RefusedError("bad image path: it is empty; leave the key out for text alone")
+        raise RefusedError(f"bad id: it is {_kind(identity)}, not text")
+    images = _images(item.get("image"))
     messages = _messages(item.get("conversations"))
-    _check_placeholders(messages, name)
+    _check_placeholders(messages, len(images))
     chance = 0.0 if item.get("chance") is None else item["chance"]
     if isinstance(chance, bool) or not isinstance(chance, int | float) or not 0 <= chance <= 1:
-        raise _RefusedError("bad chance: it must be a number from 0 to 1")
+        raise RefusedError("bad chance: it must be a number from 0 to 1")
     texts = {key: "" if item.get(key) is None else item[key] for key in ("task", "task_group")}
     for key, value in texts.items():
         if not isinstance(value, str):
-            raise _RefusedError(f"bad {key}: it is {_kind(value)}, not text")
+            raise RefusedError(f"bad {key}: it is {_kind(value)}, not text")
     if not _TASK.fullmatch(texts["task"]):  # a file of answers is named after it
-        raise _RefusedError(f"bad task: {_quote(texts['task'])}; use up to 60 letters, digits, spaces, . _ -")
-    record = Record(_id_text(item, index), None, _turns(messages), **texts, chance=float(chance))
+        raise RefusedError(f"bad task: {quote(texts['task'])}; use up to 60 letters, digits, spaces, . _ -")
+    record = Record(id_text(item, index), images, _turns(messages), **texts, chance=float(chance))
     _check_unicode([record.id, *texts.values(), *(text for _, text in messages)])
-    return record, name
+    return record
+
+
+def count_words(texts: Iterable[str]) -> int:
+    """Words between white space, placeholders among them: `modality_lengths` of llava/train/train.py."""
+    return sum(len(text.split()) for text in texts)
+
+
+def locate_image(name: str, root: Path) -> Path:
+    """The file that `name` means under `root`, which is resolved, with no step out of it.
+
+    Raises:
+        RefusedError: it is absolute, leads out of the folder, is no file, or has zero bytes.
+    """
+    if Path(name).is_absolute():
+        raise RefusedError(
+            f"image outside folder: {quote(name)} is absolute; write it relative to the folder"
+        )
+    try:
+        place = (root / name).resolve()
+    except (OSError, ValueError, RuntimeError):  # a NUL byte, half a surrogate pair, a loop of links
+        raise RefusedError(f"bad image path: {quote(name)} is not a path") from None
+    if not place.is_relative_to(root):
+        linked = ".." not in Path(name).parts
+        how = "leads out of the image folder" + " through a symbolic link" * linked
+        raise RefusedError(f"image outside folder: {quote(name)} {how}")
+    try:
+        if not place.is_file():
+            raise RefusedError(f"missing image: {quote(name)} is no file in the image folder")
+        if not place.stat().st_size:
+            raise RefusedError(f"unreadable image: {quote(name)} has zero bytes")
+    except OSError as error:
+        raise RefusedError(f"missing image: {quote(name)} ({error.strerror or error})") from None
+    return place
+
+
+def _images(value: Any) -> tuple[str, ...]:
+    """The names under the key "image": one text, or a list of them."""
+    names = [] if value is None else value if isinstance(value, list) else [value]
+    for name in names:
+        if not isinstance(name, str):
+            raise RefusedError(f"bad image path: it is {_kind(name)}, not text or a list of texts")
+        if not name.strip():
+            raise RefusedError("bad image path: it is empty; leave the key out for text alone")
+    return tuple(names)
 
 
 def _messages(turns: Any) -> list[tuple[str, str]]:
     """(role, text) of each turn, roles known; nothing else is checked."""
     if not isinstance(turns, list):
         found = "missing" if turns is None else f"{_kind(turns)}, not a list"
-        raise _RefusedError(f"bad conversations: the key is {found}")
+        raise RefusedError(f"bad conversations: the key is {found}")
     if not turns:
-        raise _RefusedError("empty conversation: it has no turns")
+        raise RefusedError("empty conversation: it has no turns")
     messages = []
     for number, turn in enumerate(turns, start=1):
         if not isinstance(turn, dict):
-            raise _RefusedError(f"bad turn: turn {number} is {_kind(turn)}, not an object")
+            raise RefusedError(f"bad turn: turn {number} is {_kind(turn)}, not an object")
         for key in ("from", "value"):
             if not isinstance(turn.get(key), str):
                 what = f"{_kind(turn[key])} as" if turn.get(key) is not None else "no"
-                raise _RefusedError(f"bad turn: turn {number} has {what} {key!r}, where text is needed")
+                raise RefusedError(f"bad turn: turn {number} has {what} {key!r}, where text is needed")
         if turn["from"] not in _ROLES:
-            raise _RefusedError(
-                f"unknown role: turn {number} is from {_quote(turn['from'])}, not human or gpt"
-            )
+            raise RefusedError(f"unknown role: turn {number} is from {quote(turn['from'])}, not human or gpt")
         messages.append((turn["from"], turn["value"]))
     return messages
 
 
-def _check_placeholders(messages: list[tuple[str, str]], image: str | None) -> None:
-    """At most one placeholder, in the first human turn, if and only if there is an image."""
+def _check_placeholders(messages: list[tuple[str, str]], images: int) -> None:
+    """One placeholder for each image, all of them in human turns."""
     counts = [text.count(PLACEHOLDER) for _, text in messages]
     total = sum(counts)
-    if total and image is None:
-        raise _RefusedError(
+    if total and not images:
+        raise RefusedError(
             f"placeholder without image: turn {_first(counts)} has {PLACEHOLDER}, but no image key"
         )
-    if total > 1:
-        raise _RefusedError(
-            f"several placeholders: {total} {PLACEHOLDER} placeholders, and one image a record is supported"
+    if images and not total:
+        raise RefusedError(f"image without placeholder: no turn says {PLACEHOLDER}")
+    answers = [count if role == "gpt" else 0 for count, (role, _) in zip(counts, messages, strict=True)]
+    if any(answers):
+        raise RefusedError(
+            f"misplaced placeholder: {PLACEHOLDER} is in turn {_first(answers)} (gpt); "
+            "it must be in a human turn"
         )
-    if image is not None and not total:
-        raise _RefusedError(f"image without placeholder: no turn says {PLACEHOLDER}")
-    humans = [number for number, (role, _) in enumerate(messages, start=1) if role == "human"]
-    if total and (not humans or _first(counts) != humans[0]):
-        role = messages[_first(counts) - 1][0]
-        raise _RefusedError(
-            f"misplaced placeholder: {PLACEHOLDER} is in turn {_first(counts)} ({role}); "
-            "it must be in the first human turn"
+    if total > images:
+        raise RefusedError(
+            f"several placeholders: {total} {PLACEHOLDER} placeholders, but {images} named under image"
+        )
+    if total < images:
+        raise RefusedError(
+            f"image without placeholder: {images} images, but {total} {PLACEHOLDER} placeholders"
         )
 
 
@@ -281,20 +338,20 @@ def _turns(messages: list[tuple[str, str]]) -> tuple[Turn, ...]:
     for number, (role, _) in enumerate(messages[dropped:], start=1 + dropped):
         expected = _ROLES[(number - 1 - dropped) % 2]
         if role != expected:
-            raise _RefusedError(f"roles out of order: turn {number} is from {role}, expected {expected}")
+            raise RefusedError(f"roles out of order: turn {number} is from {role}, expected {expected}")
     kept = messages[dropped:]
     if not kept:
-        raise _RefusedError("empty conversation: its one turn is from gpt, which is dropped as a first turn")
+        raise RefusedError("empty conversation: its one turn is from gpt, which is dropped as a first turn")
     if len(kept) % 2:
-        raise _RefusedError(f"question without answer: turn {len(messages)} is the last and from human")
+        raise RefusedError(f"question without answer: turn {len(messages)} is the last and from human")
     turns = []
     for start in range(0, len(kept), 2):
-        question = kept[start][1].replace(PLACEHOLDER, "").strip()
+        question = kept[start][1].strip()
         answer = kept[start + 1][1].strip()
-        if not question and PLACEHOLDER not in kept[start][1]:
-            raise _RefusedError(f"empty question: turn {dropped + start + 1} has no text")
+        if not question:
+            raise RefusedError(f"empty question: turn {dropped + start + 1} has no text")
         if not answer:
-            raise _RefusedError(f"empty answer: turn {dropped + start + 2} has no text")
+            raise RefusedError(f"empty answer: turn {dropped + start + 2} has no text")
         turns.append(Turn(question, answer))
     return tuple(turns)
 
@@ -305,66 +362,10 @@ def _check_unicode(texts: Iterable[str]) -> None:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError:
-            raise _RefusedError(f"bad text: half a surrogate pair in {_quote(text)}") from None
+            raise RefusedError(f"bad text: half a surrogate pair in {quote(text)}") from None
 
 
-def _find_images(
-    names: Iterable[str], images: Path | None, check: bool, target: int | None
-) -> dict[str, Path | str]:
-    """For each image path as written, the file, or the reason why there is none to use."""
-    found: dict[str, Path | str] = {}
-    if images is None:
-        return {name: f"no image folder: {_quote(name)} is named, but no folder was given" for name in names}
-    root = images.resolve()
-    for name in names:
-        try:
-            found[name] = _locate(name, root)
-        except _RefusedError as error:
-            found[name] = str(error)
-    if check:
-        paths = {place: None for place in found.values() if isinstance(place, Path)}
-        with ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1)) as pool:  # Pillow frees the GIL
-            faults = dict(zip(paths, pool.map(lambda path: _image_fault(path, target), paths), strict=True))
-        for name, place in found.items():
-            if isinstance(place, Path) and (fault := faults[place]):
-                found[name] = f"unreadable image: {_quote(name)} {fault}"
-    return found
-
-
-def _locate(name: str, root: Path) -> Path:
-    """The file that `name` means under `root`, with no step out of it."""
-    if Path(name).is_absolute():
-        raise _RefusedError(
-            f"image outside folder: {_quote(name)} is absolute; write it relative to the folder"
-        )
-    try:
-        place = (root / name).resolve()
-    except (OSError, ValueError, RuntimeError):  # a NUL byte, half a surrogate pair, a loop of links
-        raise _RefusedError(f"bad image path: {_quote(name)} is not a path") from None
-    if not place.is_relative_to(root):
-        linked = ".." not in Path(name).parts
-        how = "leads out of the image folder" + " through a symbolic link" * linked
-        raise _RefusedError(f"image outside folder: {_quote(name)} {how}")
-    try:
-        if not place.is_file():
-            raise _RefusedError(f"missing image: {_quote(name)} is no file in the image folder")
-        if not place.stat().st_size:
-            raise _RefusedError(f"unreadable image: {_quote(name)} has zero bytes")
-    except OSError as error:
-        raise _RefusedError(f"missing image: {_quote(name)} ({error.strerror or error})") from None
-    return place
-
-
-def _image_fault(path: Path, target: int | None) -> str | None:
-    """What is wrong with a picture, or None."""
-    try:
-        decode_image(path, target=target)
-    except ImageError as error:
-        return str(error)
-    return None
-
-
-def _id_text(item: Any, index: int) -> str:
+def id_text(item: Any, index: int) -> str:
     """The record's id as text; its index where there is none that can be shown."""
     identity = item.get("id") if isinstance(item, dict) else None
     usable = isinstance(identity, str | int) and not isinstance(identity, bool)
@@ -379,6 +380,6 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _quote(text: str) -> str:
+def quote(text: str) -> str:
     """Text on one line, in quotes, cut to a length that can be read."""
     return repr(text if len(text) <= 80 else text[:77] + "...")

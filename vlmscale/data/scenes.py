@@ -9,16 +9,19 @@ splits are disjoint by construction, because the hash of a scene's content decid
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from vlmscale.data.records import Record, Turn
 
 IMAGE_SIZE = 48
 _CELL = 12  # objects stand in a 4 x 4 grid of cells, two patches wide
@@ -378,6 +381,38 @@ def records(
     return out
 
 
+def conversations(sizes: dict[str, int], seed: int) -> dict[str, Iterator[tuple[Record, list[bytes]]]]:
+    """What `export` writes, by split: records with their picture as PNG.
+
+    Args:
+      sizes: pictures by split.
+      seed: of the whole data set.
+    """
+    built = {split: build(split, count, seed) for split, count in sizes.items()}
+    return {split: _conversations(split, *parts, built["train"][1]) for split, parts in built.items()}
+
+
+def _conversations(
+    split: str, scenes: list[Scene], questions: list[list[Question]], train: list[list[Question]]
+) -> Iterator[tuple[Record, list[bytes]]]:
+    chance = blind_guess(train, questions) if split != "train" else {}
+    names = {image_name(split, index): scene for index, scene in enumerate(scenes)}
+    shown, png = "", b""
+    for raw in records(split, scenes, questions, chance):
+        if raw["image"] != shown:  # records of one picture follow each other
+            shown, png = raw["image"], _png(names[raw["image"]])
+        values = [turn["value"] for turn in raw["conversations"]]
+        turns = tuple(Turn(q, a) for q, a in zip(values[::2], values[1::2], strict=True))
+        labels = {key: raw[key] for key in ("task", "task_group", "chance") if key in raw}
+        yield Record(raw["id"], (shown,), turns, **labels), [png]
+
+
+def _png(scene: Scene) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(draw(scene)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def image_name(split: str, index: int) -> str:
     """File name of a picture, relative to the export's image folder."""
     return f"{split}/{index:06d}.png"
@@ -409,7 +444,7 @@ def export(out: Path, sizes: dict[str, int], seed: int) -> dict[str, Path]:
         chance = blind_guess(built["train"][1], questions) if split != "train" else {}
         (out / "images" / split).mkdir(parents=True, exist_ok=True)
         for index, scene in enumerate(scenes):
-            Image.fromarray(draw(scene)).save(out / "images" / image_name(split, index))
+            (out / "images" / image_name(split, index)).write_bytes(_png(scene))
         paths[split] = out / f"{split}.json"
         paths[split].write_text(json.dumps(records(split, scenes, questions, chance), indent=1) + "\n")
     return paths

@@ -1,129 +1,104 @@
-"""From a data config to the splits of a run: records, and where their pictures come from."""
+"""From a data config to prepared data sets: those it names, or the run's own, made of records or scenes."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from vlmscale.config import DataConfig
+from vlmscale.config import DataConfig, parse_mixture
 from vlmscale.data import scenes
-from vlmscale.data.images import decode_image
-from vlmscale.data.records import Quarantined, Record, Turn, load_records
+from vlmscale.data.dataset import Dataset, open_dataset, read_manifest
+from vlmscale.data.prepare import prepare_dataset, write_dataset
+from vlmscale.data.records import PLACEHOLDER
+from vlmscale.data.shards import Progress
+
+SPLITS = ("train", "validation", "test")
+QUARANTINE = "quarantine.jsonl"  # of every prepared data set
 
 
-@dataclass
-class Split:
-    """Records and the distinct pictures they show.
-
-    `load_image(i)` gives picture i as uint8 [H, W, 3]; `image_of[r]` is the picture of record r, -1 for
-    text alone.
-    """
-
-    records: list[Record]
-    image_of: np.ndarray
-    num_images: int
-    load_image: Callable[[int], np.ndarray]
-
-
-@dataclass
-class Splits:
-    """All splits of a run and what was set aside on the way."""
-
-    train: Split
-    validation: Split | None
-    test: Split | None
-    quarantined: list[Quarantined]
-    describe: Callable[[], str]
-
-    @property
-    def summary(self) -> str:
-        """One line: how many records there are and how many were set aside, as of now."""
-        return self.describe()
-
-
-def load_splits(config: DataConfig, image_size: int) -> Splits:
-    """Draw the scenes or read the LLaVA records.
-
-    LLaVA records have no split of their own here: they are trained on, and evaluated as "train".
+def prepare_records(config: DataConfig, out: Path, progress: Progress) -> list[Path]:
+    """The directories of a config's prepared data sets; what is not prepared yet is, at `out`.
 
     Raises:
-      UserError: nothing usable, or unreadable.
+      UserError: records or pictures cannot be read, nothing is usable, or `out` holds other data.
     """
+    if config.prepared:
+        return [Path(path) for path, _ in parse_mixture(config.prepared)]
     if config.source == "llava":
         images = Path(config.images) if config.images else None
-        read = load_records(Path(config.records), images, image_target=image_size)
-        train = _from_files(read.records, image_size)
-        return Splits(
-            train, None, None, read.quarantined, lambda: replace(read, records=train.records).summary()
+        prepare_dataset([Path(config.records)], images, out, progress=progress)
+    else:
+        shutil.rmtree(out, ignore_errors=True)  # it may hold scenes of another number or seed
+        counts = (config.train_images, config.validation_images, config.test_images)
+        sizes = dict(zip(SPLITS, counts, strict=True))
+        write_dataset(out, scenes.conversations(sizes, config.seed))
+    return [out]
+
+
+def open_splits(directories: Iterable[Path]) -> dict[str, list[Dataset]]:
+    """The data sets by split, in the order of their directories; a split that one of them lacks is left out.
+
+    Raises:
+      UserError: a directory is no prepared data set.
+    """
+    found: list[Dataset] = []
+    for directory in directories:
+        train = open_dataset(directory)
+        names = [name for name in SPLITS[1:] if train.manifest["records"].get(name)]
+        found += [train, *(open_dataset(directory, name) for name in names)]
+    by_split = {name: [dataset for dataset in found if dataset.split == name] for name in SPLITS}
+    return {name: parts for name, parts in by_split.items() if len(parts) == len(by_split["train"])}
+
+
+def describe(manifest: dict[str, Any], aside: int = 0) -> str:
+    """One line: how many records of a data set were read, are used, and were quarantined, by class of reason.
+
+    Args:
+      manifest: of the data set.
+      aside: records that are too long for their use.
+    """
+    classes = Counter(manifest["quarantined"])
+    if aside:
+        classes["too long"] += aside
+    quarantined = sum(classes.values())
+    used = sum(manifest["records"].values()) - aside
+    line = f"{', '.join(source['file'] for source in manifest['sources'])}: " * bool(manifest["sources"])
+    line += f"{used + quarantined} records read, {used} used"
+    if manifest["duplicate_ids"]:
+        line += f" ({manifest['duplicate_ids']} with an id already seen)"
+    line += f", {quarantined} quarantined"
+    if classes:
+        line += " (" + ", ".join(f"{count} {name}" for name, count in classes.most_common()) + ")"
+    return line
+
+
+def summarise(config: DataConfig, directories: list[Path], aside: dict[Path, int]) -> str:
+    """One line on the data of a run; `aside` counts what is too long for it, by directory."""
+    manifests = {path: read_manifest(path) for path in directories}
+    if config.source == "scenes":
+        counts = ", ".join(
+            f"{count} {split}" for split, count in manifests[directories[0]]["records"].items()
         )
-    sizes = {"train": config.train_images, "validation": config.validation_images, "test": config.test_images}
-    built = {split: scenes.build(split, count, config.seed) for split, count in sizes.items()}
-    questions = {split: asked for split, (_, asked) in built.items()}
-    parts = {}
-    for split, (drawn, asked) in built.items():
-        chance = scenes.blind_guess(questions["train"], asked)
-        parts[split] = _from_scenes(split, drawn, asked, chance)
-    quarantined: list[Quarantined] = []
-
-    def describe() -> str:
-        counts = ", ".join(f"{len(part.records)} {split}" for split, part in parts.items())
-        return f"scenes (seed {config.seed}): {counts} conversations, {len(quarantined)} quarantined"
-
-    return Splits(parts["train"], parts["validation"], parts["test"], quarantined, describe)
+        return f"scenes (seed {config.seed}): {counts} conversations, {sum(aside.values())} quarantined"
+    return "; ".join(describe(manifest, aside.get(path, 0)) for path, manifest in manifests.items())
 
 
-def _from_files(records: list[Record], image_size: int) -> Split:
-    paths = sorted({record.image for record in records if record.image is not None})
-    index = {path: number for number, path in enumerate(paths)}
-    image_of = np.array([-1 if r.image is None else index[r.image] for r in records])
-    return Split(records, image_of, len(paths), lambda i: decode_image(paths[i], target=image_size))
+def quarantine_of(directories: Iterable[Path]) -> Iterator[dict[str, Any]]:
+    """What was set aside when data sets were prepared: index, id, reason and source of each record."""
+    for directory in directories:
+        for line in (directory / QUARANTINE).read_text(encoding="utf-8").split("\n"):
+            if line:
+                yield json.loads(line)
 
 
-def _from_scenes(
-    split: str,
-    drawn: list[scenes.Scene],
-    asked: list[list[scenes.Question]],
-    chance: dict[str, float],
-) -> Split:
-    records, image_of = [], []
-    names = {scenes.image_name(split, number): number for number in range(len(drawn))}
-    for raw in scenes.records(split, drawn, asked, chance):
-        values = [turn["value"].removeprefix("<image>\n") for turn in raw["conversations"]]
-        turns = tuple(Turn(q, a) for q, a in zip(values[::2], values[1::2], strict=True))
-        labels = {key: raw[key] for key in ("task", "task_group", "chance") if key in raw}
-        records.append(Record(raw["id"], Path(raw["image"]), turns, **labels))
-        image_of.append(names[raw["image"]])
-    return Split(records, np.array(image_of), len(drawn), lambda i: scenes.draw(drawn[i]))
-
-
-def write_records(path: Path, split: Split) -> None:
-    """One JSON line a record with the index of its picture: what training and evaluation read back."""
-    with path.open("w", encoding="utf-8") as file:
-        for record, image in zip(split.records, split.image_of, strict=True):
-            turns = [[turn.question, turn.answer] for turn in record.turns]
-            labels = {"task": record.task, "task_group": record.task_group, "chance": record.chance}
-            file.write(json.dumps({"id": record.id, "image": int(image), "turns": turns} | labels) + "\n")
-
-
-def read_records(path: Path) -> tuple[list[Record], np.ndarray]:
-    """The inverse of `write_records`: records (their `image` is only None or not) and picture indices."""
-    records, image_of = [], []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        raw = json.loads(line)
-        turns = tuple(Turn(question, answer) for question, answer in raw["turns"])
-        image = None if raw["image"] < 0 else Path(str(raw["image"]))
-        records.append(Record(raw["id"], image, turns, raw["task"], raw["task_group"], raw["chance"]))
-        image_of.append(raw["image"])
-    return records, np.array(image_of)
-
-
-def texts(records: Iterable[Record]) -> Iterable[str]:
+def texts(datasets: Iterable[Dataset]) -> Iterator[str]:
     """All questions and answers: what the run's tokenizer is trained on."""
-    for record in records:
-        for turn in record.turns:
-            yield turn.question
-            yield turn.answer
+    for dataset in datasets:
+        for index in range(len(dataset)):
+            for turn in dataset.record(index).turns:
+                yield turn.question.replace(PLACEHOLDER, "").strip()
+                yield turn.answer

@@ -7,7 +7,7 @@ beside it (5.23: tokenization_utils_base.py, tokenization_utils_tokenizers.py), 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ PAD, IMAGE, USER, ASSISTANT, END = "<|pad|>", "<|image|>", "<|user|>", "<|assist
 SPECIAL = (PAD, IMAGE, USER, ASSISTANT, END)
 FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
 _MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"  # of files made before transformers 5
+FILES = (FILE, CONFIG, _MAP, _ADDED)  # all that `read_tokenizer` looks at
+# Qwen's, Llama 3.1's and Llama 3's stand behind those that are made for the purpose.
+_PADS = (PAD, "<unk>", "<pad>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<|end_of_text|>", "</s>")
 _FORCE_CLEAN = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 
@@ -174,6 +177,75 @@ def tokenizer_files(tokenizer: Tokenizer) -> dict[str, str]:
         "split_special_tokens": False,
     }
     return {FILE: tokenizer.to_str(pretty=True) + "\n", CONFIG: json.dumps(config, indent=2) + "\n"}
+
+
+def text_tokenizers(tokenizer: Tokenizer, structure: Collection[str]) -> tuple[Tokenizer, Tokenizer]:
+    """Two copies to which special strings, and those of `structure`, are ordinary text.
+
+    The first is for the start of a text, the second for what follows a special token. They differ where the
+    tokenizer puts its prefix "▁" in front of a text's first word alone (Metaspace with prepend_scheme
+    "first": Llama and Vicuna with legacy=False); otherwise they are one object.
+    """
+    data = json.loads(tokenizer.to_str())
+    # Offsets are those of whole tokens, leading spaces included, if no post-processor trims them.
+    data.update(truncation=None, padding=None, post_processor=None)
+    for token in data["added_tokens"]:
+        token["special"] |= token["content"] in structure
+    if data["model"]["type"] == "Unigram":  # finds every piece of its vocabulary in a text, "</s>" as well
+        special = {token["content"] for token in data["added_tokens"] if token["special"]}
+        vocabulary = data["model"]["vocab"]
+        hidden = {piece for piece, _ in vocabulary if piece in special}
+        data["model"]["vocab"] = [["" if piece in hidden else piece, score] for piece, score in vocabulary]
+        data["added_tokens"] = [token for token in data["added_tokens"] if token["content"] not in hidden]
+    at_start = behind = _plain(data)
+    if _first_word_alone(data["pre_tokenizer"]):
+        behind = _plain(data)
+    return at_start, behind
+
+
+def _plain(data: dict[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(json.dumps(data))
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def _first_word_alone(node: Any) -> bool:
+    """Whether a pre-tokenizer gives a prefix to a text's first word alone; if so, it is made to give none."""
+    if not isinstance(node, dict):
+        return False
+    first = node.get("prepend_scheme") == "first"
+    if first:
+        node["prepend_scheme"] = "never"
+    return any([first, *map(_first_word_alone, node.get("pretokenizers", []))])
+
+
+def leading_ids(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What the tokenizer itself puts in front of a text: BOS, where it has one."""
+    encoding = tokenizer.encode("a", add_special_tokens=True)
+    mask = encoding.special_tokens_mask
+    return tuple(encoding.ids[: mask.index(0)] if 0 in mask else ())
+
+
+def padding_id(tokenizer: Tokenizer) -> int:
+    """Id for padding: the tokenizer's own of its family, <unk> for Llama and Vicuna, as LLaVA has it.
+
+    0 if it has none of them; padding is masked everywhere, so no number depends on the choice.
+    """
+    return next((number for name in _PADS if (number := tokenizer.token_to_id(name)) is not None), 0)
+
+
+def image_id(tokenizer: Tokenizer) -> int:
+    """Id that stands in image slots: the tokenizer's image token, or that of padding where it has none."""
+    number = tokenizer.token_to_id(IMAGE)
+    number = tokenizer.token_to_id("<image>") if number is None else number
+    return padding_id(tokenizer) if number is None else number
+
+
+def line_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Ids of all tokens whose text ends with a newline: "\n" itself, and often ".\n" and the like."""
+    count = tokenizer.get_vocab_size(with_added_tokens=True)
+    texts = tokenizer.decode_batch([[number] for number in range(count)], skip_special_tokens=True)
+    return tuple(number for number, text in enumerate(texts) if text.endswith("\n"))
 
 
 def _refuse(path: Path, config: dict[str, Any], *, bpe: bool) -> None:

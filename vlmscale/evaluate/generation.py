@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmscale.data.conversation import Template, with_image
+from vlmscale.data.conversation import Template, expand
 from vlmscale.errors import UserError
 from vlmscale.models.decoder import KVCache
 from vlmscale.models.vlm import VLM, Inputs
@@ -215,22 +215,23 @@ def answer_length(ids: list[int], stop_ids: tuple[int, ...]) -> int:
 
 
 def prompt_batch(
-    prompts: list[list[int]], images: list[bool], template: Template, visual_tokens: int, length: int
+    prompts: list[list[int]], template: Template, visual_tokens: int, length: int
 ) -> dict[str, np.ndarray]:
-    """Right-padded prompts with image slots: tokens, image_slots, valid [B, length].
+    """Right-padded prompts with image slots: tokens, image_slots (int32), valid [B, length].
 
     Args:
-      prompts: ids of each prompt, without image slots.
-      images: which prompts have an image.
+      prompts: ids of each prompt, with a mark for each image.
       template: for the ids of padding and image slots.
       visual_tokens: slots an image takes.
       length: static length, at least that of the longest prompt with its slots.
     """
-    filled = [
-        with_image(ids, template, visual_tokens if has_image else 0)[0].tolist()
-        for ids, has_image in zip(prompts, images, strict=True)
-    ]
-    return pad_prompts(filled, template.image, template.pad, length)
+    tokens = np.full((len(prompts), length), template.pad, np.int32)
+    slots, valid = np.zeros_like(tokens), np.zeros(tokens.shape, bool)
+    for row, ids in enumerate(prompts):
+        filled, of_image = expand(np.array(ids, np.int32), visual_tokens, template.image)
+        tokens[row, : len(filled)], slots[row, : len(filled)] = filled, of_image
+        valid[row, : len(filled)] = True
+    return {"tokens": tokens, "image_slots": slots, "valid": valid}
 
 
 def pad_prompts(prompts: list[list[int]], image_id: int, pad_id: int, length: int) -> dict[str, np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,14 @@ import numpy as np
 from vlmscale import __version__
 from vlmscale.compressors import COMPRESSORS, label, parse_options
 from vlmscale.compressors.features import abstract_features, tower_features
-from vlmscale.config import Cell, check_evaluable
+from vlmscale.config import Cell, DataConfig, check_evaluable
 from vlmscale.cost import flops
 from vlmscale.cost.image import Sample, image_flops, sample_flops
+from vlmscale.data.conversation import IMAGE_MARK
 from vlmscale.data.images import ImageError, decode_image
 from vlmscale.data.pipeline import in_order
-from vlmscale.data.records import Record, Turn
+from vlmscale.data.records import PLACEHOLDER
+from vlmscale.data.sources import PictureReader
 from vlmscale.errors import UserError
 from vlmscale.evaluate.generation import (
     GREEDY,
@@ -32,6 +34,7 @@ from vlmscale.evaluate.generation import (
     prompt_batch,
     prompt_inputs,
 )
+from vlmscale.evaluate.items import Item, first_question, make_items, text_tokens, too_long
 from vlmscale.evaluate.scoring import SCORERS
 from vlmscale.models.decoder import unstack
 from vlmscale.models.sizes import SIZES, TOWERS
@@ -39,28 +42,15 @@ from vlmscale.models.vlm import VLM
 from vlmscale.records import ResultRow, git_commit, now, read_json, read_rows, write_lines
 from vlmscale.sharding import make_mesh, replicated
 from vlmscale.train.checkpoint import Checkpoints
+from vlmscale.train.frozen import load_tower, needs_of
 from vlmscale.train.loop import HELDOUT_BATCH, load_prepared, mean_loss, with_sharding
-from vlmscale.train.prepared import Prepared, load_tower, needs_of, pixels_of
-from vlmscale.train.step import build_model, init_params, plain_loss_sum
+from vlmscale.train.prepared import Prepared, pixels_of
+from vlmscale.train.step import build_model, init_params, plain_loss_sum, with_tower_outputs
 from vlmscale.weights import tree
 
 SCORER = "exact_match"
 _QUERIES = 1024  # questions that are embedded together
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question to answer."""
-
-    id: str
-    image: int  # index of the picture, -1 for none
-    question: str
-    truth: str
-    history: tuple[Turn, ...]
-    task: str
-    task_group: str
-    chance: float
 
 
 @dataclass(frozen=True)
@@ -73,6 +63,13 @@ class LoadedRun:
     cell_id: str
     prepared: Prepared
     params: dict[str, Any]
+    _pictures: dict[str, list[PictureReader | None]] = field(default_factory=dict, repr=False)
+
+    def pictures(self, split: str) -> list[PictureReader | None]:
+        """How the pictures of each data set of a split are read; None of a blind model."""
+        if split not in self._pictures:
+            self._pictures[split] = self.prepared.pictures(split, self.cell)
+        return self._pictures[split]
 
 
 def load_run(path: Path) -> LoadedRun:
@@ -107,26 +104,12 @@ def abstract_params(cell: Cell, vocab_size: int) -> Any:
     return jax.eval_shape(lambda batch: init_params(model, batch, 0), batch)
 
 
-def make_items(records: list[Record], image_of: np.ndarray, history: str) -> list[Item]:
-    """One item a turn; with history "gold" behind the true conversation so far, else on its own."""
-    items = []
-    for record, image in zip(records, image_of, strict=True):
-        for number, turn in enumerate(record.turns):
-            before = record.turns[:number] if history == "gold" else ()
-            name = record.id if len(record.turns) == 1 else f"{record.id}#{number}"
-            task, group = record.task or "records", record.task_group or "records"
-            items.append(
-                Item(name, int(image), turn.question, turn.answer, before, task, group, record.chance)
-            )
-    return items
-
-
 class Said(NamedTuple):
     """What the model said to one item."""
 
     text: str
     tokens: int  # generated, the end token included
-    visual_tokens: int  # of the item's picture; 0 without one
+    visual_tokens: int  # of the item's pictures together; 0 without one
 
 
 def answer_items(
@@ -134,37 +117,51 @@ def answer_items(
 ) -> list[Said]:
     """Greedy answers in the order of `items`, with so many visual tokens a picture (at most, if adaptive)."""
     cell, template = run.cell, run.prepared.template
-    features, constants = run.prepared.features(split, cell), run.prepared.constants(cell)
+    constants = run.prepared.constants(cell)
     prompts = [template.prompt(item.question, item.history) for item in items]
     model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop", visual_tokens)
-    generate = make_generate(model, cell.evaluate.max_new_tokens, (template.end,))
+    generate = make_generate(model, cell.evaluate.max_new_tokens, template.stop_ids)
     queries = embed_queries(run, model, [first_question(item) for item in items])
     size = min(cell.evaluate.batch_size, len(items))
-    length = max(map(len, prompts)) + visual_tokens
+    slots = max(1, *(item.images for item in items))  # for pictures, of every row
+    length = max(text_tokens(prompt) + prompt.count(IMAGE_MARK) * visual_tokens for prompt in prompts)
     answers: list[Said] = []
     for start in range(0, len(items), size):
         rows = list(range(start, min(start + size, len(items))))
         rows += [rows[0]] * (size - len(rows))
-        shown = [items[i].image >= 0 for i in rows]
-        batch: dict[str, Any] = prompt_batch(
-            [prompts[i] for i in rows], shown, template, visual_tokens, length
-        )
-        for name, store in features.items():
-            batch[name] = store[[max(items[i].image, 0) for i in rows]]
+        batch: dict[str, Any] = prompt_batch([prompts[i] for i in rows], template, visual_tokens, length)
+        batch |= _pictures(run, split, [items[i] for i in rows], slots)
         if queries is not None:
-            batch["text_query"] = queries[rows]
-        batch |= constants
+            batch["text_query"] = np.repeat(queries[rows], slots, axis=0)
+        batch = _complete(model, batch | constants)
         ids = np.asarray(generate(run.params, batch)).tolist()
-        counts = np.where(shown, visual_counts(run, model, batch), 0).tolist()
+        shown = np.array([items[i].images for i in rows])[:, None] > np.arange(slots)
+        counts = (shown * visual_counts(run, model, batch, shown.size).reshape(shown.shape)).sum(1).tolist()
         for row, count in list(zip(ids, counts, strict=True))[: min(size, len(items) - start)]:
-            answers.append(Said(template.decode(row), answer_length(row, (template.end,)), count))
+            answers.append(Said(template.decode(row), answer_length(row, template.stop_ids), count))
         progress(min(start + size, len(items)), len(items))
     return answers
 
 
-def first_question(item: Item) -> str:
-    """The question that QueCC embeds: the first of the conversation, later ones reuse its visual tokens."""
-    return item.history[0].question if item.history else item.question
+# What the tower makes of a batch's pixels, where its outputs were not stored.
+_complete = jax.jit(with_tower_outputs, static_argnums=0)
+
+
+def _pictures(run: LoadedRun, split: str, items: Sequence[Item], slots: int) -> dict[str, np.ndarray]:
+    """The arrays of pictures, `slots` an item, zeros where it shows fewer; {} of a blind model."""
+    readers, datasets = run.pictures(split), run.prepared.datasets[split]
+    if readers[0] is None:
+        return {}
+    blank = readers[0].blank
+    out = {name: np.zeros((len(items) * slots, *x.shape), x.dtype) for name, x in blank.items()}
+    for row, item in enumerate(items):
+        reader, dataset = readers[item.data_set], datasets[item.data_set]
+        assert reader is not None
+        files = dataset.images(item.record)[: item.images]
+        for slot, picture in enumerate(reader.read(dataset, item.record, files)):
+            for name in blank:
+                out[name][row * slots + slot] = picture[name]
+    return out
 
 
 def embed_queries(run: LoadedRun, model: VLM, questions: list[str]) -> np.ndarray | None:
@@ -187,12 +184,12 @@ def _embed_query(model: VLM, params: dict[str, Any], tokens: jax.Array, length: 
     return model.apply({"params": params}, tokens, length, method="embed_query")
 
 
-def visual_counts(run: LoadedRun, model: VLM, batch: dict[str, Any]) -> np.ndarray:
-    """How many tokens the picture of each row gives, [B]."""
+def visual_counts(run: LoadedRun, model: VLM, batch: dict[str, Any], pictures: int) -> np.ndarray:
+    """How many tokens each picture of a batch gives, [pictures]."""
     options = dict(model.options)
     if model.visual_tokens and COMPRESSORS[model.compressor_name].adaptive(options):
         return np.asarray(_visual_counts(model, run.params, batch))
-    return np.full(len(batch["tokens"]), model.visual_tokens)
+    return np.full(pictures, model.visual_tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -204,6 +201,8 @@ def evaluate(
     run: LoadedRun, tasks: list[str] | None, progress: Progress, visual_tokens: Sequence[int] = ()
 ) -> list[ResultRow]:
     """Answer and score every item; writes answers/<task>.jsonl and result.jsonl.
+
+    Questions with more text than `data.max_text_tokens` are not asked; not_asked.jsonl names them.
 
     Args:
       run: a trained run.
@@ -219,14 +218,19 @@ def evaluate(
     """
     check_evaluable(run.cell, "--visual-tokens", visual_tokens)
     split = run.prepared.eval_split
-    items = make_items(*run.prepared.records(split), run.cell.evaluate.history)
+    items = make_items(run.prepared.datasets[split], run.cell.evaluate.history)
+    long = too_long(items, run.prepared.template, run.cell.data.max_text_tokens)
+    items = [item for item in items if item.id not in long]
+    if not items:
+        raise UserError(f"{run.path}: every prompt has more than data.max_text_tokens text tokens")
+    (run.path / "answers").mkdir(exist_ok=True)
+    write_lines(run.path / "not_asked.jsonl", [json.dumps({"id": name}) for name in sorted(long)])
     known = sorted({item.task for item in items})
     for task in tasks or []:
         if task not in known:
             raise UserError(f"task {task}: the data of {run.path} has {', '.join(known)}")
     chosen = [item for item in items if tasks is None or item.task in tasks]
     counts = visual_tokens or run.cell.evaluate.visual_tokens or (run.cell.compressor.visual_tokens,)
-    (run.path / "answers").mkdir(exist_ok=True)
     rows: list[ResultRow] = []
     sample = training_sample(run)
     for number, count in enumerate(counts):
@@ -254,9 +258,10 @@ def _rows(
 ) -> list[ResultRow]:
     """A row a task at one count; writes what was said."""
     cell = run.cell
-    given = [said.visual_tokens for item, said in answered if item.image >= 0]
+    pictures = sum(item.images for item, _ in answered)
     # Of an adaptive method the mean over pictures is its V, for tasks without pictures too.
-    mean_tokens = float(np.mean(given)) if given else float(visual_tokens)
+    given = sum(said.visual_tokens for _, said in answered)
+    mean_tokens = given / pictures if pictures else float(visual_tokens)
     trained = sample_flops(cell, run.prepared.tokenizer.get_vocab_size(), sample, mean_tokens)
     costs = Costs(visual_tokens, mean_tokens, heldout_loss(run, visual_tokens), trained)
     many = COMPRESSORS[cell.compressor.name].nested is not None and visual_tokens > 0
@@ -266,7 +271,14 @@ def _rows(
     rows = []
     for task, answers in sorted(by_task.items()):
         lines = [
-            json.dumps({"id": item.id, "question": item.question, "answer": said.text, "truth": item.truth})
+            json.dumps(
+                {
+                    "id": item.id,
+                    "question": item.question.replace(PLACEHOLDER, "").strip(),
+                    "answer": said.text,
+                    "truth": item.truth,
+                }
+            )
             for item, said in answers
         ]
         name = f"{task}@{visual_tokens}" if many else task
@@ -289,15 +301,16 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, Said]], costs: C
     llm, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
     vocab = run.prepared.tokenizer.get_vocab_size()
     scores = [SCORERS[SCORER](said.text, item.truth) for item, said in answered]
-    prompts = [len(template.prompt(item.question, item.history)) for item, _ in answered]
+    prompts = [text_tokens(template.prompt(item.question, item.history)) for item, _ in answered]
     text, generated = float(np.mean(prompts)), float(np.mean([said.tokens for _, said in answered]))
     # Questions without a picture cost no visual tokens.
-    given = [said.visual_tokens for item, said in answered if item.image >= 0]
-    mean_tokens = float(np.mean(given)) if given else costs.mean_tokens
-    with_image = len(given) / len(answered)
+    pictures = sum(item.images for item, _ in answered)
+    given = sum(said.visual_tokens for _, said in answered)
+    mean_tokens = given / pictures if pictures else costs.mean_tokens
+    per_item = pictures / len(answered)
     queries = [len(template.query(first_question(item))) for item, _ in answered]
     image = image_flops(cell, round(mean_tokens), round(text), float(np.mean(queries)))
-    prompt = text + mean_tokens * with_image
+    prompt = text + mean_tokens * per_item
     llm_flops = flops.inference_flops(llm, vocab, prompt, generated)
     cached = prompt + generated - 1  # the last token is not fed back
     done = read_json(run.path / "done.json")
@@ -325,18 +338,18 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, Said]], costs: C
         text_tokens_mean=text,
         gen_tokens_mean=generated,
         image_size=tower.image_size,
-        data_mix="scenes" if cell.data.source == "scenes" else Path(cell.data.records).name,
+        data_mix=data_mix(cell.data),
         data_samples=cell.train.steps * cell.train.batch_size,
         stage_steps=[cell.train.steps],
         lr=cell.train.learning_rate,
         train_flops=round(costs.per_sample * cell.train.steps * cell.train.batch_size),
-        infer_flops=round(with_image * sum(image) + llm_flops),
+        infer_flops=round(per_item * sum(image) + llm_flops),
         latency_ms=None,
         device=read_json(run.path / "env.json")["device"],
         task=first.task,
         task_group=first.task_group,
         split=split,
-        prompt_id=f"toy-v1/{cell.evaluate.history}",
+        prompt_id=prompt_id(cell),
         scorer=SCORER,
         metric="accuracy",
         score_raw=float(np.sum(scores)),
@@ -353,6 +366,19 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, Said]], costs: C
     )
 
 
+def data_mix(data: DataConfig) -> str:
+    """Short name of what was trained on."""
+    if data.prepared:
+        return ",".join(word.strip().rstrip("/").rpartition("/")[2] for word in data.prepared.split(","))
+    return "scenes" if data.source == "scenes" else Path(data.records).name
+
+
+def prompt_id(cell: Cell) -> str:
+    """How questions are put: template, the way to tokenize where it matters, history."""
+    template = {"toy": "toy-v1"}.get(cell.data.template, f"{cell.data.template}-{cell.data.tokenization}")
+    return f"{template}/{cell.evaluate.history}"
+
+
 def heldout_loss(run: LoadedRun, visual_tokens: int) -> float | None:
     """Loss per supervised token on the validation split with so many visual tokens; None without a split.
 
@@ -366,20 +392,22 @@ def heldout_loss(run: LoadedRun, visual_tokens: int) -> float | None:
         logged = [line["heldout_loss"] for line in map(json.loads, lines) if "heldout_loss" in line]
         return logged[-1] if logged else None
     smaller = replace(cell, compressor=replace(cell.compressor, visual_tokens=visual_tokens))
-    rows, constants = prepared.rows("validation", smaller), prepared.constants(cell)
+    samples, constants = prepared.samples("validation", smaller), prepared.constants(cell)
     model = build_model(cell, prepared.manifest["vocab_size"], "loop", visual_tokens)
     sums = jax.jit(lambda params, batch: plain_loss_sum(model, params, batch))
-    return mean_loss(lambda batch: sums(run.params, batch | constants), in_order(rows, HELDOUT_BATCH))
+    stream = in_order(samples.source, samples.one_per_row(), HELDOUT_BATCH)
+    return mean_loss(lambda batch: sums(run.params, batch | constants), stream)
 
 
 def training_sample(run: LoadedRun) -> Sample:
     """The average training sample; padding is not counted."""
-    rows = run.prepared.rows("train", run.cell).rows
+    lengths = run.prepared.samples("train", run.cell).lengths
+    used = lengths.supervised > 0
     return Sample(
-        text=float(np.mean([len(row.tokens) - row.image_slots.sum() for row in rows])),
-        targets=float(np.mean([len(row.target_ids) for row in rows])),
-        query=float(np.mean([len(row.query) for row in rows])),
-        with_image=float(np.mean([row.image_slots.any() for row in rows])),
+        text=float(np.mean(lengths.text[used])),
+        targets=float(np.mean(lengths.supervised[used])),
+        query=float(np.mean(lengths.query[used])),
+        with_image=float(np.mean(lengths.images[used])),
     )
 
 
@@ -402,9 +430,12 @@ def answer_one(
     cell, template = run.cell, run.prepared.template
     if visual_tokens is not None:
         check_evaluable(cell, "--visual-tokens", [visual_tokens])
-    ids = template.prompt(prompt.strip())
     slots = visual_tokens or cell.compressor.visual_tokens
-    batch: dict[str, Any] = prompt_batch([ids], [image is not None], template, slots, len(ids) + slots)
+    asked = prompt.strip()
+    if PLACEHOLDER in asked:
+        raise UserError(f"--prompt: leave {PLACEHOLDER} away, the picture goes in front of the question")
+    ids = template.prompt(f"{PLACEHOLDER}\n{asked}" if image is not None else asked)
+    batch: dict[str, Any] = prompt_batch([ids], template, slots, len(ids) + slots)
     tower = TOWERS[cell.tower.name]
     pixels = np.zeros((1, tower.image_size, tower.image_size, 3), np.float32)
     if image is not None:
@@ -420,10 +451,10 @@ def answer_one(
         encode = jax.jit(tower_features, static_argnums=(0, 3))
         batch |= encode(tower, weights, pixels, needs) | constants
     model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop", slots)
-    queries = embed_queries(run, model, [prompt.strip()])
+    queries = embed_queries(run, model, [asked])
     if queries is not None:
         batch["text_query"] = queries
     longest = max_new_tokens or cell.evaluate.max_new_tokens
-    generate = make_generate(model, longest, (template.end,), sampling)
+    generate = make_generate(model, longest, template.stop_ids, sampling)
     row = np.asarray(generate(run.params, batch, np.uint32(seed)))[0].tolist()
-    return Answer(template.decode(row), row[: answer_length(row, (template.end,))])
+    return Answer(template.decode(row), row[: answer_length(row, template.stop_ids)])

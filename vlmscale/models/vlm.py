@@ -16,14 +16,18 @@ from vlmscale.models.sizes import DecoderSize, TowerSize
 
 
 class Inputs(NamedTuple):
-    """What the model reads: B rows of T tokens, and N = B * I images, of which row b owns I, from b * I on.
+    """What the model reads: B rows of T tokens, and N images.
+
+    Images belong to *blocks* of G rows (`VLM.block_rows`, 1 but for packed rows): block b owns the
+    I = N * G / B images from b * I on. So rows may hold 2.5 images on average without an empty slot.
 
     Attributes:
       tokens: [B, T] int32; the id in an image slot is not looked at.
-      image_slots: [B, T] bool or int32: 0 for text, i for a slot of the row's i-th image, of which each has
-        V slots or none.
+      image_slots: [B, T] bool or int32: 0 for text, i for a slot of the block's i-th image, of which each has
+        V slots in one row, or none.
       positions: [B, T] int32, counted from 0 inside each segment.
-      segment_ids: [B, T] int32, 0 where there is padding; packed rows hold several samples.
+      segment_ids: [B, T] int32, 0 where there is padding; packed rows hold several samples, and no two of
+        a block have one number.
       features: tower outputs of the images; None for a blind model or where no row has an image, but then
         not for a method that fuses the text.
       query_tokens: [N, Q] int32, right-padded ids of the question about each image, where it is embedded.
@@ -46,10 +50,19 @@ class Inputs(NamedTuple):
 
     @property
     def of_image(self) -> jax.Array:
-        """[B, T, I] bool, which slots are whose."""
+        """[B, T, I] bool, which slots are whose, of blocks of one row."""
         assert self.features is not None
         per_row = self.features.selected.shape[0] // self.tokens.shape[0]
         return _of_image(self.image_slots, per_row)
+
+    def blocks(self, rows: int) -> Inputs:
+        """The same with so many rows behind one another in one: [B, T] becomes [B / rows, rows * T]."""
+        if rows == 1:
+            return self
+        names = ("tokens", "image_slots", "positions", "segment_ids", "answers")
+        given = {name: getattr(self, name) for name in names}
+        wide: dict[str, Any] = {name: _join(x, rows) for name, x in given.items() if x is not None}
+        return self._replace(**wide)
 
 
 class Embedded(NamedTuple):
@@ -66,6 +79,7 @@ class VLM(nn.Module):
 
     `layout`, `attention` and `remat` are the decoder's: "scan" to train, "loop" to generate. `options` are
     the compressor's; `largest` is the count that a nested one was made for, 0 for `visual_tokens` itself.
+    `block_rows` is how many rows share their images (`Inputs`).
     """
 
     decoder_size: DecoderSize
@@ -79,6 +93,7 @@ class VLM(nn.Module):
     options: tuple[tuple[str, str], ...] = ()
     tower_size: TowerSize | None = None
     largest: int = 0
+    block_rows: int = 1
 
     def setup(self) -> None:
         """Declare the parts."""
@@ -108,13 +123,14 @@ class VLM(nn.Module):
           ValueError: the features give another number of tokens than the model's, or what the compressor
             reads is missing.
         """
-        embeddings = self.decoder.embed(inputs.tokens)
-        positions, segment_ids = inputs.positions, inputs.segment_ids
+        embeddings, shape = self.decoder.embed(inputs.tokens), inputs.tokens.shape
         method = COMPRESSORS[self.compressor_name]
         if inputs.features is None and self.visual_tokens and method.text == "fusion":
             raise ValueError(f"{self.compressor_name} fuses the text also without an image: give features")
         if not self.visual_tokens or inputs.features is None:
-            return Embedded(embeddings, positions, segment_ids, False)
+            return Embedded(embeddings, inputs.positions, inputs.segment_ids, False)
+        inputs, embeddings = inputs.blocks(self.block_rows), _join(embeddings, self.block_rows)
+        positions, segment_ids = inputs.positions, inputs.segment_ids
         if method.text == "fusion":
             text = _fusion_text(inputs, embeddings)
             visual, valid, embeddings = self.compressor.fuse(inputs.features, text)
@@ -129,7 +145,8 @@ class VLM(nn.Module):
         if holes:
             dropped = slots.astype(bool) & ~filled
             positions, segment_ids = close_gaps(positions, segment_ids, dropped)
-        return Embedded(embeddings, positions, segment_ids, holes)
+        parts = (embeddings.reshape(*shape, -1), positions.reshape(shape), segment_ids.reshape(shape))
+        return Embedded(*parts, holes)
 
     def _query(self, inputs: Inputs) -> jax.Array:
         if inputs.text_query is not None:
@@ -197,6 +214,11 @@ class VLM(nn.Module):
         return self.decoder.logits(hidden[:, 0]), cache
 
 
+def _join(rows: jax.Array, count: int) -> jax.Array:
+    """Every `count` rows behind one another: [B, T, ...] to [B / count, count * T, ...]."""
+    return rows.reshape(rows.shape[0] // count, count * rows.shape[1], *rows.shape[2:])
+
+
 def splice(
     embeddings: jax.Array,
     visual: jax.Array,
@@ -256,28 +278,31 @@ def close_gaps(
 
 
 def narrow(
-    inputs: Inputs, target_positions: jax.Array, visual_tokens: int, count: int
+    inputs: Inputs, target_positions: jax.Array, visual_tokens: int, count: int, block_rows: int = 1
 ) -> tuple[Inputs, jax.Array]:
     """The same batch with fewer slots an image: what it would have been for another number of tokens.
 
     Rows of one image get shorter by the slots that fall away, so every row must have that many free: one
     whose image has `visual_tokens` slots, or one without an image that is no longer than its text
-    (`Rows.length` sees to it). In rows of several images those slots become padding.
+    (`Layout` of the pipeline sees to it). In blocks of several images those slots become padding.
 
     Args:
       inputs: with features.
       target_positions: [B, K], none of them a slot that falls away.
       visual_tokens: slots an image has.
       count: slots it is to have.
+      block_rows: rows that share their images.
 
     Returns:
       Inputs of T - (visual_tokens - count) tokens, or of T, and their target positions.
     """
-    mine = inputs.of_image
+    blocks = inputs.blocks(block_rows)
+    mine = blocks.of_image
     kept = _rank(mine) < count
-    positions, segment_ids = close_gaps(inputs.positions, inputs.segment_ids, ~kept)
-    if mine.shape[2] > 1:
-        slots = jnp.where(kept, inputs.image_slots, 0)
+    positions, segment_ids = close_gaps(blocks.positions, blocks.segment_ids, ~kept)
+    if mine.shape[2] > 1 or block_rows > 1:
+        changed = jnp.where(kept, blocks.image_slots, 0), positions, segment_ids
+        slots, positions, segment_ids = (x.reshape(inputs.tokens.shape) for x in changed)
         left = inputs._replace(image_slots=slots, positions=positions, segment_ids=segment_ids)
         return left, target_positions
     length = inputs.tokens.shape[1] - (visual_tokens - count)

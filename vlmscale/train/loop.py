@@ -22,13 +22,13 @@ import optax
 from jax.sharding import Mesh
 
 from vlmscale.config import Cell, cell_id, from_dict, to_dict
-from vlmscale.data.pipeline import Batch, batches, in_order
-from vlmscale.data.tokenizer import load_tokenizer
+from vlmscale.data.pipeline import Batch, batches, fill, in_order
 from vlmscale.errors import UserError
 from vlmscale.models.vlm import VLM
 from vlmscale.records import Metrics, Status, environment, make_directory, read_json, write_json
 from vlmscale.sharding import check_batch, make_mesh, put_batch, replicated
 from vlmscale.train.checkpoint import Checkpoints
+from vlmscale.train.feed import Feed
 from vlmscale.train.prepared import Prepared
 from vlmscale.train.step import (
     TrainState,
@@ -139,7 +139,7 @@ def load_prepared(run: Path) -> tuple[Cell, Prepared]:
     spec = read_json(run / "spec.json")
     data = run / spec["data"]
     manifest = read_json(data / "manifest.json")
-    return from_dict(spec["config"]), Prepared(data, manifest, load_tokenizer(data / "tokenizer.json"))
+    return from_dict(spec["config"]), Prepared(data, manifest)
 
 
 @dataclass
@@ -147,7 +147,6 @@ class Run:
     """The pieces of a running cell that the loop needs."""
 
     cell: Cell
-    put: Put
     train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
     heldout: Callable[[Any], float] | None
     metrics: Metrics
@@ -166,14 +165,16 @@ def train(cell: Cell, run: Path, prepared: Prepared, progress: Progress) -> None
     if (run / "done.json").exists():
         return
     mesh = make_mesh()
-    check_batch(cell.train.batch_size, mesh)
     started = time.monotonic()
     checkpoints, status = Checkpoints(run), Status(run)
     step, before = checkpoints.latest() or 0, status.read()
     resumed = before["resumed_from"] + ([step] if before["attempts"] else [])
     write_json(run / "env.json", environment(jax.devices()[0].device_kind))
     status.update(state="running", attempts=before["attempts"] + 1, resumed_from=resumed, last_error=None)
-    data = prepared.rows("train", cell)
+    samples = prepared.samples("train", cell)
+    layout, schedule = samples.training()
+    check_batch(cell.train.batch_size, mesh, layout.shape.rows)
+    write_json(run / "data.json", samples.describe(layout, schedule))
     model = build_model(cell, prepared.tokenizer.get_vocab_size())
     optimizer = make_optimizer(cell.train)
     constants = jax.device_put(prepared.constants(cell), replicated(mesh))
@@ -181,15 +182,21 @@ def train(cell: Cell, run: Path, prepared: Prepared, progress: Progress) -> None
     def put(batch: Batch) -> dict[str, Any]:
         return put_batch(batch, mesh) | constants
 
-    example = put(next(in_order(data, cell.train.batch_size)))
-    state = _first_state(cell, model, optimizer, example, mesh, checkpoints, step)
-    train_step = jax.jit(make_train_step(model, optimizer, cell.train.seed), donate_argnums=0)
+    mine = {"process": jax.process_index(), "processes": jax.process_count()}
+    size, workers = cell.train.batch_size, cell.data.workers
+    stream = batches(samples.source, layout, schedule, size, step, workers=workers, **mine)
+    local = cell.train.batch_size // jax.process_count()
+    nothing: list[list[list[int]]] = [[[]] * layout.shape.rows] * (local // layout.shape.rows)
+    example = put(fill(samples.source, layout, nothing))  # for its shapes
+    packed = model.clone(block_rows=layout.shape.rows)
+    state = _first_state(cell, packed, optimizer, example, mesh, checkpoints, step)
+    train_step = jax.jit(make_train_step(packed, optimizer, cell.train.seed), donate_argnums=0)
     heldout = _make_heldout(cell, prepared, model, mesh, put)
     metrics = Metrics(run / "metrics.jsonl", step)
     try:
-        with closing(checkpoints), closing(metrics), stop_on_signal() as signals:
-            pieces = Run(cell, put, train_step, heldout, metrics, checkpoints, signals, progress)
-            state = _loop(pieces, state, step, batches(data, cell.train.batch_size, cell.train.seed, step))
+        with closing(checkpoints), closing(metrics), stop_on_signal() as signals, Feed(stream, put) as feed:
+            pieces = Run(cell, train_step, heldout, metrics, checkpoints, signals, progress)
+            state = _loop(pieces, state, step, feed)
     except PreemptedError:
         status.update(state="preempted")
         raise
@@ -227,17 +234,20 @@ def with_sharding(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
 
 
-def _loop(run: Run, state: TrainState, step: int, stream: Iterator[Batch]) -> TrainState:
+def _loop(run: Run, state: TrainState, step: int, feed: Feed[dict[str, Any]]) -> TrainState:
     config = run.cell.train
-    waiting: list[tuple[int, dict[str, jax.Array]]] = []
+    waiting: list[tuple[int, dict[str, Any]]] = []
+    input_waits: list[float] = []  # seconds, of the steps since the last that was logged
     while step < config.steps:
-        batch = run.put(next(stream))
+        batch = next(feed)
+        input_waits.append(feed.wait_s)
         state, values = run.train_step(state, batch)
         step += 1
         last = step == config.steps
         with_heldout = step % config.heldout_every == 0 or last
         if step % config.log_every == 0 or with_heldout:
-            waiting.append((step, values))
+            waiting.append((step, values | {"input_wait_s": sum(input_waits) / len(input_waits)}))
+            input_waits.clear()
         due = step % config.checkpoint_every == 0 or last
         if due or with_heldout or len(waiting) >= _FLUSH_EVERY:
             loss = _write_metrics(run, waiting, state, step, with_heldout)
@@ -257,7 +267,7 @@ def _loop(run: Run, state: TrainState, step: int, stream: Iterator[Batch]) -> Tr
 
 def _write_metrics(
     run: Run,
-    waiting: list[tuple[int, dict[str, jax.Array]]],
+    waiting: list[tuple[int, dict[str, Any]]],
     state: TrainState,
     step: int,
     with_heldout: bool,
@@ -287,10 +297,18 @@ def _make_heldout(
     """Mean loss per supervised token on the validation split; None where there is no such split."""
     if "validation" not in prepared.manifest["records"]:
         return None
-    rows = prepared.rows("validation", cell)
+    samples = prepared.samples("validation", cell)
+    layout = samples.one_per_row()
     size = -(-HELDOUT_BATCH // mesh.size) * mesh.size
     sums = jax.jit(lambda params, batch: loss_sum(model, params, batch))
-    return lambda params: mean_loss(lambda batch: sums(params, put(batch)), in_order(rows, size))
+
+    def heldout(params: Any) -> float:
+        part = {"process": jax.process_index(), "processes": jax.process_count()}
+        return mean_loss(
+            lambda batch: sums(params, put(batch)), in_order(samples.source, layout, size, **part)
+        )
+
+    return heldout
 
 
 def mean_loss(sums: Callable[[Batch], tuple[jax.Array, jax.Array]], stream: Iterable[Batch]) -> float:

@@ -1,59 +1,49 @@
-"""Prepared data: tokenizer, records and frozen-tower features of a run or of a whole sweep, made once."""
+"""Prepared data: data sets, tokenizer and tower of a run or a whole sweep, and what is made of them once."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import itertools
 import json
+import shutil
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
-from importlib import resources
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import flax.linen as nn
-import jax
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 from tokenizers import Tokenizer
 
-from vlmscale.compressors import COMPRESSORS, parse_options
-from vlmscale.compressors.features import blocks_read, tower_features
-from vlmscale.config import Cell, content_sha256, identity
-from vlmscale.data.conversation import Template, fit_context, training_row
+from vlmscale.compressors import COMPRESSORS
+from vlmscale.config import Cell, DataConfig, identity, parse_mixture
+from vlmscale.content import content_sha256
+from vlmscale.data import tokenizer as tokenizers
+from vlmscale.data.conversation import Template, make_template
+from vlmscale.data.dataset import Dataset
 from vlmscale.data.images import preprocess
-from vlmscale.data.pipeline import Rows
-from vlmscale.data.processor import CONFIG, NESTED, read_processor
-from vlmscale.data.records import Quarantined, Record, write_quarantine
-from vlmscale.data.splits import Split, Splits, load_splits, read_records, texts, write_records
-from vlmscale.data.tokenizer import load_tokenizer, train_tokenizer
+from vlmscale.data.lengths import (
+    Lengths,
+    Limits,
+    concatenate,
+    lengths_of,
+    shorten,
+)
+from vlmscale.data.packing import Shape, choose_images
+from vlmscale.data.pipeline import Layout
+from vlmscale.data.schedule import Schedule
+from vlmscale.data.sources import DatasetSource, Joined, PictureReader, Pixels, Source, Stored
+from vlmscale.data.splits import QUARANTINE, open_splits, prepare_records, quarantine_of, summarise, texts
+from vlmscale.data.store import open_store
 from vlmscale.errors import UserError
-from vlmscale.models.sizes import TOWERS, TowerSize
-from vlmscale.records import write_json
-from vlmscale.sharding import make_mesh, place
-from vlmscale.weights import hf_config, tables, tree
-from vlmscale.weights.checkpoint import WEIGHTS, open_checkpoint
-from vlmscale.weights.directory import abstract_tower
-from vlmscale.weights.load import Source, load_params
+from vlmscale.models.sizes import TOWERS
+from vlmscale.records import write_json, write_lines
+from vlmscale.train.features import FeatureJob, advise, estimate, pictures_of, write_features
+from vlmscale.train.frozen import needed_params, needs_of, tower_path
+from vlmscale.weights import tree
 
-TOWER = "tower.safetensors"  # of a data directory
-_BATCH = 256  # pictures that go through a tower together, at most
-_ACTIVATION_BYTES = 2**30  # what they may take on the way, about
-# Fields of a tower's row that config.json must agree with, and their names there.
-_ARCHITECTURE = {
-    "style": "model_type",
-    "image_size": "image_size",
-    "patch_size": "patch_size",
-    "width": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_width": "intermediate_size",
-    "activation": "hidden_act",
-    "norm_eps": "layer_norm_eps",
-}
-_LLAVA_KEYS = {"vision_config", "quantization_config", "compression_config"}  # of a LLaVA's tower
+MANIFEST, TOWER = "manifest.json", "tower.safetensors"
+ADVISED_BYTES = 2**30  # a store of tower outputs above it is worth a thought
 Progress = Callable[[str, int, int], None]
 
 
@@ -63,205 +53,163 @@ class Prepared:
 
     path: Path
     manifest: dict[str, Any]
-    tokenizer: Tokenizer
 
-    @property
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's own, or a copy of that of a published model."""
+        if self.manifest["template"][0] == "toy":
+            return tokenizers.load_tokenizer(self.path / tokenizers.FILE)
+        return tokenizers.read_tokenizer(self.path)
+
+    @cached_property
     def template(self) -> Template:
         """Encoder of conversations with this run's tokenizer."""
-        return Template(self.tokenizer)
+        name, mode = self.manifest["template"]
+        return make_template(name, self.tokenizer, mode)
+
+    @cached_property
+    def datasets(self) -> dict[str, list[Dataset]]:
+        """The data sets of each split.
+
+        Raises:
+          UserError: one has gone.
+        """
+        return open_splits(self.path / directory for directory in self.manifest["data_sets"])
 
     @property
     def eval_split(self) -> str:
         """The split that scores are reported on."""
-        return "test" if "test" in self.manifest["images"] else "train"
+        return next(name for name in ("test", "validation", "train") if name in self.datasets)
 
-    def records(self, split: str) -> tuple[list[Record], np.ndarray]:
-        """Records of a split and the index of each one's picture (-1: none)."""
-        return read_records(self.path / f"{split}.records.jsonl")
+    def lengths(self, split: str) -> list[Lengths]:
+        """Lengths of the conversations of each data set, cut behind `data.max_text_tokens`."""
+        most = self.manifest["max_text_tokens"]
+        return [
+            lengths_of(dataset, self.template, most, _lengths_path(self.path, split, number))
+            for number, dataset in enumerate(self.datasets[split])
+        ]
 
-    def features(self, split: str, cell: Cell) -> dict[str, np.ndarray]:
-        """Tower outputs that the cell's compressor reads, memory-mapped: images along the first axis.
-
-        By their names in `vlmscale.compressors.Features`.
-        """
+    def pictures(self, split: str, cell: Cell) -> list[PictureReader | None]:
+        """How the cell reads the pictures of each data set; None of a blind model."""
         if not cell.compressor.visual_tokens:
-            return {}
-        names = ["selected", *sorted(needs_of(cell) - {"tower"})]
-        return {name: np.load(self.path / f"{split}.{name}.npy", mmap_mode="r") for name in names}
+            return [None] * len(self.datasets[split])
+        size = TOWERS[cell.tower.name]
+        if cell.data.features == "computed":
+            pixels = Pixels(size.image_size, size.mean, size.std, cell.data.image_mode)
+            return [pixels] * len(self.datasets[split])
+        names = ("selected", *sorted(needs_of(cell) - {"tower"}))
+        keys = self.manifest["features"][split]
+        stores = [open_store(_store_path(self.path, split, number), key) for number, key in enumerate(keys)]
+        return [Stored(store, names) for store in stores]
 
     def constants(self, cell: Cell) -> dict[str, Any]:
-        """What the cell's compressor reads of the tower beside its outputs, by names of `Features`."""
-        if "tower" not in needs_of(cell):
+        """What every batch holds of the tower: blocks that the compressor runs itself, as a field of
+        `Features`, and under "frozen" all that computes the tower's outputs where they are not stored.
+        """
+        needs, computed = needs_of(cell), cell.data.features == "computed"
+        if not cell.compressor.visual_tokens or not (computed or "tower" in needs):
             return {}
         params = tree.load(self.path / TOWER)
         blocks = (f"block_{index}" for index in range(TOWERS[cell.tower.name].select_layer))
-        return {"tower": {block: params[block] for block in blocks}}
+        tower = {"tower": {block: params[block] for block in blocks}} if "tower" in needs else {}
+        return tower | ({"frozen": params} if computed else {})
 
-    def rows(self, split: str, cell: Cell) -> Rows:
-        """Training rows of a split for one cell."""
-        records, image_of = self.records(split)
-        template = self.template
-        rows = [training_row(record, template, cell.compressor.visual_tokens) for record in records]
-        method = COMPRESSORS[cell.compressor.name]
-        return Rows(
-            rows,
-            image_of,
-            self.features(split, cell),
-            template.pad,
-            queries=cell.compressor.visual_tokens > 0 and method.text == "query",
-            spare=cell.compressor.visual_tokens if method.trains_all else 0,
+    def samples(self, split: str, cell: Cell) -> Samples:
+        """The conversations of a split as one cell reads them."""
+        data, template, tokens = cell.data, self.template, cell.compressor.visual_tokens
+        limits = Limits(data.max_text_tokens, data.row_length, tokens)
+        parts, lengths = self.datasets[split], self.lengths(split)
+        fitted = [
+            shorten(measured, dataset, template, limits)
+            for measured, dataset in zip(lengths, parts, strict=True)
+        ]
+        sources = tuple(
+            DatasetSource(dataset, template, pictures, limits)
+            for dataset, pictures in zip(parts, self.pictures(split, cell), strict=True)
+        )
+        source = sources[0] if len(sources) == 1 else Joined(sources)
+        emptied = sum(
+            int(np.count_nonzero((before.supervised > 0) & (after.supervised == 0)))
+            for before, after in zip(lengths, fitted, strict=True)
+        )
+        return Samples(cell, source, parts, fitted, template, emptied)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The conversations of a split as one cell reads them: cut to its rows, with its pictures.
+
+    `emptied` is how many have nothing to learn from within `data.row_length`, and are left out.
+    """
+
+    cell: Cell
+    source: Source
+    datasets: list[Dataset]
+    by_dataset: list[Lengths]
+    template: Template
+    emptied: int
+
+    @cached_property
+    def lengths(self) -> Lengths:
+        """Of all of them."""
+        return concatenate(self.by_dataset)
+
+    def one_per_row(self) -> Layout:
+        """Rows of one conversation each, as those of an evaluation are."""
+        method, tokens = COMPRESSORS[self.cell.compressor.name], self.cell.compressor.visual_tokens
+        return Layout.one_per_row(
+            self.lengths,
+            tokens,
+            pad_id=self.template.pad,
+            image_id=self.template.image,
+            row_length=self.cell.data.row_length,
+            queries=method.text == "query" and tokens > 0,
+            spare=tokens if method.trains_all else 0,
         )
 
-
-def tower_path(cell: Cell) -> Path:
-    """The file or the Hugging Face directory with the tower's weights."""
-    if cell.tower.checkpoint != "shipped":
-        return Path(cell.tower.checkpoint)
-    return Path(str(resources.files("vlmscale") / "assets" / f"{cell.tower.name}.safetensors"))
-
-
-def needs_of(cell: Cell) -> frozenset[str]:
-    """The fields of `Features` beside `selected` that the cell's compressor reads; none of a blind model."""
-    compressor = cell.compressor
-    if not compressor.visual_tokens:
-        return frozenset()
-    options = parse_options(compressor.name, compressor.options)
-    return COMPRESSORS[compressor.name].needs(TOWERS[cell.tower.name], options)
-
-
-def load_tower(path: Path, name: str, needs: frozenset[str] = frozenset()) -> dict[str, Any]:
-    """Read and check the weights of a named tower.
-
-    Args:
-      path: a safetensors file of ours, which is read with all its blocks but may lack the last ones where
-        they are not needed; or a directory in Hugging Face layout, of which only the blocks that are needed
-        are read.
-      name: of a row of the size table.
-      needs: fields of `Features` that will be made with them.
-
-    Returns:
-      The parameters; those of the pooling head, under "head", only for `probe_attention`, as far as it reads
-      them.
-
-    Raises:
-      UserError: unreadable, not the parameters of that tower, or without a block or the pooling head that is
-        needed.
-    """
-    size, probe = TOWERS[name], "probe_attention" in needs
-    needed = blocks_read(size, needs)
-    if path.is_dir():
-        return _read_directory(path, name, needed, probe)
-    if path.name == WEIGHTS and (path.parent / "config.json").is_file():
-        raise UserError(f"{path}: is one file of a directory in Hugging Face layout; name {path.parent}")
-    params = tree.load(path)
-    blocks = sum(part.startswith("block_") for part in params)
-    layer = min(max(blocks, needed), size.num_layers)
-    abstract = nn.meta.unbox(abstract_tower(size, (layer,), probe=probe))
-    head = params.pop("head", None)
-    if probe:
-        if head is None:
-            raise _no_head(path)
-        read, whole = flatten_dict(abstract["head"]), flatten_dict(head)
-        params["head"] = unflatten_dict({part: whole[part] for part in read if part in whole})
-    tree.check_shapes(path, params, abstract)
-    return params
-
-
-def _no_head(path: Path) -> UserError:
-    return UserError(
-        f"{path}: has no pooling head, and so no attention of its probe; set compressor.options=score=mean"
-    )
-
-
-def _read_directory(directory: Path, name: str, layer: int, probe: bool) -> dict[str, Any]:
-    """The parameters of a directory's tower up to a hidden state, and of its probe if asked, on one device.
-
-    Raises:
-      UserError: as `load_tower`.
-    """
-    config, where = hf_config.read_config(directory), directory / "config.json"
-    kind = hf_config.kind_of(config, where)
-    if kind == "decoder":
-        raise UserError(f"{directory}: holds a language model alone; a CLIP, SigLIP or LLaVA has a tower")
-    boxed = abstract_tower(TOWERS[name], (layer,), probe=probe)
-    if kind == "llava":
-        # Nothing but the tower is looked at: the language model may be one that is not built here.
-        theirs = hf_config.llava_config(
-            {key: config[key] for key in _LLAVA_KEYS & config.keys()}, where
-        ).tower
-        whole = tables.llava(theirs.style)
-        table = replace(whole, ignored=(*whole.ignored, r"^language_model\.", r"^multi_modal_projector\."))
-        boxed = {"tower": boxed}
-    else:
-        theirs = hf_config.tower_size(config, where)
-        table = tables.TOWERS[theirs.style]
-    _check_architecture(where, theirs, name, layer)
-    _check_processor(directory, name)
-    places = place(boxed, make_mesh(devices=jax.local_devices()[:1]))
-    with open_checkpoint(directory) as checkpoint:
-        if probe and not any(table.canonical(name).endswith("head.probe") for name in checkpoint.tensors):
-            raise _no_head(directory)
-        params, _ = load_params(places, [Source(checkpoint, table)])
-    return params["tower"] if kind == "llava" else params
-
-
-def _check_architecture(where: Path, theirs: TowerSize, name: str, layer: int) -> None:
-    """Refuse a config.json that describes another tower than the named row, by the first key that differs.
-
-    It may lack the last blocks, behind `layer`, as our own exports do.
-    """
-    if layer <= theirs.num_layers < TOWERS[name].num_layers:
-        theirs = replace(theirs, num_layers=TOWERS[name].num_layers)
-    for field, key in _ARCHITECTURE.items():
-        found, wanted = getattr(theirs, field), getattr(TOWERS[name], field)
-        if found == wanted:
-            continue
-        fits = [
-            row
-            for row, size in TOWERS.items()
-            if all(getattr(size, part) == getattr(theirs, part) for part in _ARCHITECTURE)
-        ]
-        hint = f"it fits tower.name={' or '.join(fits)}" if fits else "it fits no tower of the size table"
-        raise UserError(f"{where}: {key} is {found}, but tower.name={name} has {wanted}; {hint}")
-
-
-def _check_processor(directory: Path, name: str) -> None:
-    """Refuse an image processor whose pixels are not those that the named row stands for.
-
-    Pictures are prepared by `data.image_mode` with the row's numbers, so how they become square and by which
-    filter is the config's choice, but their side and their normalisation are the tower's own.
-    """
-    nested = directory / NESTED
-    # Processors of text and pictures have such a file too, the picture's part in it or not.
-    inside = nested.is_file() and b'"image_processor"' in nested.read_bytes()
-    if not inside and not (directory / CONFIG).is_file():
-        return
-    processor, size = read_processor(directory), TOWERS[name]
-    for key, theirs, ours in (
-        ("size", processor.shape, (size.image_size, size.image_size)),
-        ("rescale_factor", processor.scale or 1.0, 1 / 255),
-        ("do_normalize", processor.normalise, True),
-        ("image_mean", processor.mean, size.mean),
-        ("image_std", processor.std, size.std),
-    ):
-        if not np.allclose(theirs, ours, rtol=0, atol=1e-6):
-            raise UserError(
-                f"{directory}: its image processor has {key} {theirs}, but tower.name={name} has {ours}; "
-                "remove that file if the tower was trained with the latter"
+    def training(self) -> tuple[Layout, Schedule]:
+        """Static shapes of training batches, and which conversations come when."""
+        data, tokens = self.cell.data, self.cell.compressor.visual_tokens
+        starts = np.cumsum([0, *map(len, self.datasets)])
+        usable = tuple(
+            start + np.flatnonzero(lengths.supervised)
+            for start, lengths in zip(starts, self.by_dataset, strict=False)
+        )
+        lengths, layout = self.lengths, self.one_per_row()
+        sizes, images = lengths.sizes(tokens), lengths.images if tokens else np.zeros_like(lengths.images)
+        if data.packing == "pack":
+            every = np.concatenate(usable)
+            slots = choose_images(sizes[every], images[every], data.pack_rows, data.row_length)
+            layout = Layout.packed(
+                Shape(data.pack_rows, data.row_length, slots if tokens else 0),
+                lengths,
+                tokens,
+                pad_id=layout.pad_id,
+                image_id=layout.image_id,
+                queries=layout.query_length > 0,
             )
+        weights = tuple(weight for _, weight in parse_mixture(data.prepared)) or (1.0,)
+        words = np.concatenate([dataset.index.words for dataset in self.datasets])
+        train = self.cell.train
+        schedule = Schedule(
+            data.packing, layout.shape, sizes, images, words, usable, weights, train.batch_size, train.seed
+        )
+        return layout, schedule
 
-
-def batch_size(size: TowerSize, needs: frozenset[str]) -> int:
-    """How many pictures go through a tower together: few enough that its activations take about 1 GiB."""
-    tokens = size.num_patches + size.class_tokens
-    scores = 2 * size.num_heads * tokens**2  # before and after the softmax
-    streams = tokens * (2 * size.mlp_width + 8 * size.width)
-    states = 1
-    for field, count in (("levels", len(size.levels)), ("stack", size.select_layer), ("keys", 1)):
-        states += 2 * count * (field in needs)  # where it is made, and copied into the output
-    pixels = 2 * 3 * size.image_size**2
-    numbers = scores + streams + tokens * size.width * states + pixels
-    return max(1, min(_BATCH, _ACTIVATION_BYTES // (4 * numbers)))
+    def describe(self, layout: Layout, schedule: Schedule) -> dict[str, Any]:
+        """How the first epoch is laid out, for data.json: shapes, and what of them is real."""
+        plan = schedule(0)
+        used = plan.utilization(schedule.sizes, schedule.images, layout.shape)
+        return {
+            "conversations": len(plan.samples),
+            "left_out": self.emptied,
+            "rows": len(plan.row_offsets) - 1,
+            "row_length": layout.shape.length,
+            "rows_a_block": layout.shape.rows,
+            "image_slots_a_block": layout.shape.images,
+            "positions_used": used.positions,
+            "image_slots_used": used.slots,
+        }
 
 
 def pixels_of(image: np.ndarray, cell: Cell) -> np.ndarray:
@@ -270,13 +218,16 @@ def pixels_of(image: np.ndarray, cell: Cell) -> np.ndarray:
     return preprocess(image, size.image_size, size.mean, size.std, cell.data.image_mode)
 
 
-def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
+def prepare(
+    cells: list[Cell], out: Path, progress: Progress, tell: Callable[[str], None] = lambda line: None
+) -> Prepared:
     """Make or reuse the data directory of cells that share tower and data.
 
     Args:
       cells: all cells that will read it; they must agree in `data` and `tower`.
       out: the directory; complete once it holds manifest.json.
       progress: called with (what, done, total).
+      tell: called with what is to be known before something large is begun.
 
     Raises:
       UserError: cells disagree, the directory belongs to other data, the tower cannot be read or is not the
@@ -286,120 +237,123 @@ def prepare(cells: list[Cell], out: Path, progress: Progress) -> Prepared:
     if any((cell.data, cell.tower) != (first.data, first.tower) for cell in cells):
         raise UserError("the cells of a sweep must share `data` and `tower`")
     needs = frozenset().union(*map(needs_of, cells))
-    weights = tower_path(first)
+    weights, data = tower_path(first), first.data
     key = _key(first, weights, needs)
-    manifest_path = out / "manifest.json"
-    if manifest_path.exists():
-        manifest = json.loads(manifest_path.read_text())
+    if (out / MANIFEST).exists():
+        manifest = json.loads((out / MANIFEST).read_text())
         if manifest["key"] != key:
             raise UserError(f"{out}: holds other data than this config asks for; choose another --out")
-        return Prepared(out, manifest, load_tokenizer(out / "tokenizer.json"))
-    params = _needed_params(weights, first.tower.name, needs)  # before anything that takes long
+        return Prepared(out, manifest)
+    params = needed_params(weights, first.tower.name, needs)  # before anything that takes long
     out.mkdir(parents=True, exist_ok=True)
-    splits = load_splits(first.data, TOWERS[first.tower.name].image_size)
-    named = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    parts = {name: split for name, split in named.items() if split is not None}
-    tokenizer = train_tokenizer(texts(splits.train.records), first.data.vocab_size)
-    tokenizer.save(str(out / "tokenizer.json"))
-    refused = {item.index for item in splits.quarantined}
-    cut = {}
-    for name, split in parts.items():
-        cut[name] = _fit(split, Template(tokenizer), first.data.max_text_tokens, refused, splits)
-        if not split.records:
-            reasons = "; ".join(f"{item.id}: {item.reason}" for item in splits.quarantined[-5:])
-            source = first.data.records or f"scenes, {name}"
-            raise UserError(f"{source}: no usable record is left ({reasons})")
+    directories = prepare_records(data, out / "records", progress)
+    splits = open_splits(directories)
+    tokenizer = _tokenizer(data, out, splits["train"])
+    template = make_template(data.template, tokenizer, data.tokenization)
+    shortened, aside = _measure(out, splits, template, data, progress)
+    left_out = Counter(dataset.split for dataset, _ in aside)
     # A copy, so that a run stays whole when its source goes away.
     tree.save(out / TOWER, params, {"name": first.tower.name})
-    digest, params = tree.sha256(params), jax.device_put(params)  # in this order: no second copy on the host
-    # The parameters are an argument: as constants they would be copied into the program.
-    encode = jax.jit(partial(tower_features, TOWERS[first.tower.name], needs=needs))
-    together = batch_size(TOWERS[first.tower.name], needs)
-    for name, split in parts.items():
-        write_records(out / f"{name}.records.jsonl", split)
-        _write_features(out, name, split, first, partial(encode, params), together, progress)
-    write_quarantine(splits.quarantined, out / "quarantine.jsonl")
     manifest = {
         "key": key,
-        "summary": splits.summary,
-        "records": {name: len(split.records) for name, split in parts.items()},
-        "images": {name: split.num_images for name, split in parts.items()},
-        "shortened_conversations": cut,
-        "quarantined": len(splits.quarantined),
+        "summary": summarise(data, directories, Counter(dataset.path for dataset, _ in aside)),
+        # The run's own moves with it.
+        "data_sets": ["records" if path == out / "records" else str(path.resolve()) for path in directories],
+        "template": [data.template, data.tokenization],
+        "max_text_tokens": data.max_text_tokens,
+        "records": {name: sum(map(len, parts)) - left_out[name] for name, parts in splits.items()},
+        "shortened_conversations": shortened,
         "vocab_size": tokenizer.get_vocab_size(),
-        "tower_sha256": digest,
+        "tower_sha256": tree.sha256(params),
+        "features": {},
     }
-    write_json(manifest_path, manifest)
-    return Prepared(out, manifest, tokenizer)
-
-
-def _needed_params(weights: Path, name: str, needs: frozenset[str]) -> dict[str, Any]:
-    """The tower's parameters without blocks that no output needs."""
-    params = load_tower(weights, name, needs)
-    read = blocks_read(TOWERS[name], needs)
-    spare = {f"block_{index}" for index in range(read, TOWERS[name].num_layers)}
-    return {part: values for part, values in params.items() if part not in spare}
+    quarantined = [*quarantine_of(directories), *(item for _, item in aside)]
+    manifest["quarantined"] = len(quarantined)
+    if data.features == "stored" and any(cell.compressor.visual_tokens for cell in cells):
+        for name, parts in splits.items():
+            manifest["features"][name] = [
+                _store(_store_path(out, name, number), dataset, params, needs, first, progress, tell)
+                for number, dataset in enumerate(parts)
+            ]
+    write_lines(out / QUARANTINE, [json.dumps(item) for item in quarantined])
+    write_json(out / MANIFEST, manifest)
+    return Prepared(out, manifest)
 
 
 def _key(cell: Cell, weights: Path, needs: frozenset[str]) -> str:
     """Hash of all that the directory's content depends on."""
-    parts = identity(cell.data) | {"levels": "levels" in needs, "tower": cell.tower.name}
-    if more := sorted(needs - {"levels"}):  # apart, so that directories of earlier versions stay good
-        parts["needs"] = more
+    parts = identity(cell.data) | {"needs": sorted(needs), "tower": cell.tower.name}
     parts["weights"] = content_sha256("tower.checkpoint", weights, directory=True)
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _fit(split: Split, template: Template, max_text_tokens: int, refused: set[int], splits: Splits) -> int:
-    """Shorten conversations to the context in place; returns how many lost turns.
-
-    `refused` are the indices of records that were set aside before: what is left keeps its own.
-    """
-    kept, image_of, shortened = [], [], 0
-    indices = (index for index in itertools.count() if index not in refused)
-    for index, record, image in zip(indices, split.records, split.image_of, strict=False):
-        fitted = fit_context(record, template, max_text_tokens)
-        if fitted is None:
-            length = len(template.conversation(record.turns[:1])[0])
-            reason = (
-                f"too long: the first turn has {length} tokens, data.max_text_tokens is {max_text_tokens}"
-            )
-            splits.quarantined.append(Quarantined(index, record.id, reason))
-            continue
-        shortened += len(fitted.turns) < len(record.turns)
-        kept.append(fitted)
-        image_of.append(image)
-    split.records, split.image_of = kept, np.array(image_of, np.int64)
-    return shortened
+def _tokenizer(data: DataConfig, out: Path, train: list[Dataset]) -> Tokenizer:
+    """The run's tokenizer, with its files in the data directory."""
+    if data.tokenizer:
+        for name in tokenizers.FILES:
+            if (Path(data.tokenizer) / name).is_file():
+                shutil.copyfile(Path(data.tokenizer) / name, out / name)
+        return tokenizers.read_tokenizer(out)
+    made = tokenizers.train_tokenizer(texts(train), data.vocab_size)
+    made.save(str(out / tokenizers.FILE))
+    return made
 
 
-def _write_features(
+def _lengths_path(out: Path, split: str, number: int) -> Path:
+    return out / f"lengths-{split}-{number}.npz"
+
+
+def _store_path(out: Path, split: str, number: int) -> Path:
+    return out / "features" / f"{split}-{number}"
+
+
+def _measure(
     out: Path,
-    name: str,
-    split: Split,
-    cell: Cell,
-    run: Callable[[np.ndarray], dict[str, jax.Array]],
-    together: int,
+    splits: dict[str, list[Dataset]],
+    template: Template,
+    data: DataConfig,
     progress: Progress,
-) -> None:
-    """Run the tower over every distinct picture of a split, so many together, and store its outputs as .npy.
+) -> tuple[dict[str, int], list[tuple[Dataset, dict[str, Any]]]]:
+    """Write the lengths of all conversations; how many were cut in each split, and what is set aside."""
+    shortened: dict[str, int] = {}
+    aside: list[tuple[Dataset, dict[str, Any]]] = []
+    for split, parts in splits.items():
+        cut = usable = 0
+        for number, dataset in enumerate(parts):
+            path = _lengths_path(out, split, number)
+            lengths = lengths_of(dataset, template, data.max_text_tokens, path, progress)
+            cut += int(np.count_nonzero(lengths.text < lengths.whole))
+            usable += int(np.count_nonzero(lengths.supervised))
+            for index in np.flatnonzero(lengths.supervised == 0):
+                reason = (
+                    f"too long: no word of an answer stands within data.max_text_tokens="
+                    f"{data.max_text_tokens} of {lengths.whole[index]} tokens"
+                )
+                where = int(dataset.index.source_index[index])
+                item = {"index": where, "id": dataset.record(int(index)).id, "reason": reason}
+                aside.append((dataset, item))
+        shortened[split] = cut
+        if not usable:
+            reasons = "; ".join(f"{item['id']}: {item['reason']}" for _, item in aside[-5:])
+            raise UserError(f"{parts[0].path}: no usable record is left in {split} ({reasons})")
+    return shortened, aside
 
-    Records of text alone get one blank picture, which no record shows, so that shapes are known.
-    """
-    size = TOWERS[cell.tower.name]
-    total = max(split.num_images, 1)
-    # Written front to back, not through a memory map: on a full disk a write fails, a map kills the process.
-    with contextlib.ExitStack() as stack:
-        stores: dict[str, BinaryIO] = {}
-        for start in range(0, total, together):
-            indices = range(start, min(start + together, total))
-            pixels = np.zeros((together, size.image_size, size.image_size, 3), np.float32)
-            for row, index in enumerate(indices[: split.num_images - start]):
-                pixels[row] = pixels_of(split.load_image(index), cell)
-            for key, values in run(pixels).items():
-                if key not in stores:
-                    stores[key] = stack.enter_context((out / f"{name}.{key}.npy").open("wb"))
-                    header = {"descr": "<f4", "fortran_order": False, "shape": (total, *values.shape[1:])}
-                    np.lib.format.write_array_header_1_0(stores[key], header)
-                stores[key].write(np.asarray(values, "<f4")[: len(indices)].tobytes())
-            progress(f"tower features, {name}", indices.stop, total)
+
+def _store(
+    path: Path,
+    dataset: Dataset,
+    params: dict[str, Any],
+    needs: frozenset[str],
+    cell: Cell,
+    progress: Progress,
+    tell: Callable[[str], None],
+) -> str:
+    """Store the tower's outputs for a data set's pictures; the store's key."""
+    size, data = TOWERS[cell.tower.name], cell.data
+    pictures = pictures_of(dataset, size.image_size)
+    job = FeatureJob(pictures, size, params, needs, data.image_mode, data.feature_dtype)
+    path.parent.mkdir(exist_ok=True)
+    if estimate(job.count, size, needs, data.feature_dtype) > ADVISED_BYTES:
+        tell(f"{advise(job, path, len(dataset.index.picture))} (data.features=stored or computed)")
+    write_features(job, path, progress, f"tower features, {dataset.split}")
+    return job.key

@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from vlmscale import layers
 from vlmscale.compressors import COMPRESSORS, Features, parse_options
+from vlmscale.compressors.features import tower_features
 from vlmscale.config import Cell, TrainConfig
-from vlmscale.models.sizes import SIZES, TOWERS
+from vlmscale.data import images
+from vlmscale.models.sizes import SIZES, TOWERS, TowerSize
 from vlmscale.models.vlm import VLM, Inputs, narrow
 
 Params = dict[str, Any]
@@ -49,6 +52,31 @@ def build_model(cell: Cell, vocab_size: int, layout: str = "scan", visual_tokens
     )
 
 
+def with_tower_outputs(model: VLM, batch: dict[str, Any]) -> Arrays:
+    """The batch with what the frozen tower makes of its "pixels" (uint8 [N, S, S, 3]), if it holds any.
+
+    "frozen" are the tower's parameters; no gradient is asked of them.
+    """
+    if "pixels" not in batch:
+        return batch
+    size = model.tower_size
+    assert size is not None
+    needs = COMPRESSORS[model.compressor_name].needs(size, dict(model.options))
+    made = tower_features(size, batch["frozen"], normalise(batch["pixels"], size), needs)
+    left = {name: values for name, values in batch.items() if name not in ("pixels", "frozen")}
+    return left | jax.lax.stop_gradient(made)
+
+
+def normalise(pixels: jax.Array, size: TowerSize) -> jax.Array:
+    """Pictures, uint8 [N, S, S, 3], as the tower's input, float32: what `images.preprocess` gives.
+
+    Looked up, not computed: XLA's own product, difference and quotient may round otherwise than numpy's.
+    """
+    levels = np.arange(256, dtype=np.uint8)[:, None].repeat(3, axis=1)
+    table = images.normalise(levels, 1 / 255, size.mean, size.std)
+    return jnp.asarray(table)[pixels, jnp.arange(3)]
+
+
 def features_of(batch: Arrays) -> Features | None:
     """Tower outputs in a batch; None for a blind model."""
     if "selected" not in batch:
@@ -75,7 +103,8 @@ def _answers(batch: Arrays) -> jax.Array | None:
 
 def init_params(model: VLM, batch: Arrays, seed: int) -> Params:
     """Fresh parameters; `batch` gives shapes only."""
-    return layers.init_params(model, jax.random.key(seed), model_inputs(batch), batch["target_positions"])
+    inputs = model_inputs(with_tower_outputs(model, batch))
+    return layers.init_params(model, jax.random.key(seed), inputs, batch["target_positions"])
 
 
 def make_schedule(config: TrainConfig) -> optax.Schedule:
@@ -116,15 +145,16 @@ def loss_sum(
     that trains a drawn count the sum at that of `step`, or at all tokens where `step` is None (MQT, arXiv
     2405.19315, draws from its second stage on).
     """
+    batch = with_tower_outputs(model, batch)
     inputs, places = model_inputs(batch), batch["target_positions"]
     method = COMPRESSORS[model.compressor_name]
     if inputs.features is None or method.nested is None:
-        return plain_loss_sum(model, params, batch)
+        return _sum(model, params, inputs, places, batch), jnp.sum(batch["target_mask"])
     largest, counts = model.visual_tokens, method.nested(model.visual_tokens)
     if method.trains_all:
         total = jnp.float32(0)
         for count in counts:
-            shorter, moved = narrow(inputs, places, largest, count)
+            shorter, moved = narrow(inputs, places, largest, count, model.block_rows)
             total += _sum(model.clone(visual_tokens=count, largest=largest), params, shorter, moved, batch)
         return total / len(counts), jnp.sum(batch["target_mask"])
     if step is not None:
@@ -135,6 +165,7 @@ def loss_sum(
 
 def plain_loss_sum(model: VLM, params: Params, batch: Arrays) -> tuple[jax.Array, jax.Array]:
     """As `loss_sum`, at the model's own number of visual tokens whatever the method trains."""
+    batch = with_tower_outputs(model, batch)
     total = _sum(model, params, model_inputs(batch), batch["target_positions"], batch)
     return total, jnp.sum(batch["target_mask"])
 

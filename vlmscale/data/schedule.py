@@ -1,0 +1,63 @@
+"""Which conversations stand in which rows of an epoch: a pure function of it, for each way of packing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from vlmscale.data.packing import (
+    Plan,
+    Shape,
+    epoch_samples,
+    group_by_modality_length,
+    one_per_row,
+    plan,
+)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The plan of every epoch, for the pipeline; picklable.
+
+    Samples are numbered over all data sets of a mixture, one behind the other.
+
+    Attributes:
+      packing: "none", "pack" or "modality_length", as in `DataConfig`.
+      shape: of a block.
+      sizes: [n] positions that each sample takes in a row.
+      images: [n] images that each shows.
+      words: [n] LLaVA's lengths, read by "modality_length".
+      usable: of each data set the samples that have something to learn.
+      weights: how often each data set is shown in an epoch.
+      batch_size: rows of a batch, within which "modality_length" sorts.
+      seed: of the order.
+    """
+
+    packing: str
+    shape: Shape
+    sizes: np.ndarray
+    images: np.ndarray
+    words: np.ndarray
+    usable: tuple[np.ndarray, ...]
+    weights: tuple[float, ...]
+    batch_size: int
+    seed: int
+
+    def __call__(self, epoch: int) -> Plan:
+        """The plan of an epoch."""
+        chosen = self._chosen(epoch)
+        if self.packing == "pack":
+            return plan(self.sizes, self.images, self.shape, self.seed, epoch, chosen)
+        if self.packing == "modality_length":
+            shown = self.images[chosen] > 0
+            order = group_by_modality_length(self.words[chosen], shown, self.batch_size, 1, self.seed, epoch)
+        else:
+            order = one_per_row(len(chosen), self.seed, epoch).samples
+        return Plan(chosen[order], np.arange(len(chosen) + 1), 1)
+
+    def _chosen(self, epoch: int) -> np.ndarray:
+        every = np.concatenate(self.usable)
+        if all(weight == 1 for weight in self.weights):
+            return every
+        return every[epoch_samples([len(part) for part in self.usable], self.weights, self.seed, epoch)]
