@@ -45,6 +45,9 @@ _BY_ROW = (
 )
 _BUFFERED = 2  # batches that wait, of each worker
 _KNOWN = 3  # epochs whose plan is kept in memory
+# Batches that lie in shared memory when nobody wants them any more are removed by Python's tracker, which
+# warns of a leak.
+_TRACKER = "ignore:resource_tracker:UserWarning"
 
 
 @dataclass(frozen=True)
@@ -240,6 +243,8 @@ def batches(
         return Batches([iter(chain.to_iter_dataset(options))], plans, start_step, blocks)
     if not flags.FLAGS.is_parsed():  # Grain reads its own even where no command line was parsed by absl
         flags.FLAGS.mark_as_parsed()
+    if _TRACKER not in sys.warnoptions:  # which its process is started with
+        sys.warnoptions.append(_TRACKER)
     parts = [_worker(chain[index::workers], plans) for index in range(workers)]
     return Batches(parts, plans, start_step, blocks)
 
