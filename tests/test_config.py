@@ -188,6 +188,11 @@ def test_a_mixture_says_how_often_each_part_is_shown() -> None:
             parse_mixture(word)
 
 
+def test_a_data_set_twice_in_a_mixture_is_a_weight() -> None:
+    with pytest.raises(UserError, match="a is named twice; write a=2"):
+        parse_mixture("a,b,./a=0.5")
+
+
 def test_templates_are_those_that_encode() -> None:
     assert TEMPLATES == templates.TEMPLATES
 

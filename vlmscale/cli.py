@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return arguments.run(arguments, overrides)
     except UserError as error:
-        print(f"vlmscale {arguments.command}: {error}", file=sys.stderr)
+        what = f" {arguments.what}" if arguments.command == "data" else ""
+        print(f"vlmscale {arguments.command}{what}: {error}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
         print("stopped; run again to go on", file=sys.stderr)
@@ -310,13 +311,19 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     try:
         with exclusive(run, wait=False):
             train(
-                cell, run, prepared, lambda step, steps, loss: bar(f"training, loss {loss:.3f}", step, steps)
+                cell,
+                run,
+                prepared,
+                lambda step, steps, loss: bar(f"training, loss {loss:.3f}", step, steps),
+                tell,
             )
     except PreemptedError as error:
         print(error, file=sys.stderr)
         return EXIT_AGAIN
-    except FloatingPointError as error:
+    except (FloatingPointError, UserError) as error:
         Status(run).update(state="failed", last_error=str(error))
+        if isinstance(error, UserError):
+            raise
         print(f"vlmscale train: {error}", file=sys.stderr)
         return 1
     Status(run).update(state="trained")

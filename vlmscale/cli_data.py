@@ -77,14 +77,11 @@ def _add_tokens(command: argparse.ArgumentParser) -> None:
         "--tokenizer", type=Path, metavar="DIR", help="with a tokenizer.json: lengths in tokens as well"
     )
     command.add_argument(
-        "--template",
-        default="v1",
-        choices=("plain", "v1", "chatml", "llama3"),
-        help="for them (default %(default)s)",
+        "--template", choices=("plain", "v1", "chatml", "llama3"), help="for them (default v1)"
     )
-    command.add_argument("--tokenization", default="inline", choices=("inline", "llava"))
+    command.add_argument("--tokenization", choices=("inline", "llava"), help="(default inline)")
     command.add_argument(
-        "--max-text-tokens", type=int, default=2048, help="where a conversation is cut (default %(default)s)"
+        "--max-text-tokens", type=int, metavar="N", help="where a conversation is cut (default 2048)"
     )
 
 
@@ -98,6 +95,7 @@ def _data_prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
         raise UserError(f"--workers={arguments.workers}: must be above 0")
     template = _template(arguments)  # before anything that takes long
     out = arguments.out
+    again = (out / "manifest.json").exists()
     manifest = prepare_dataset(
         arguments.records,
         arguments.images,
@@ -117,8 +115,10 @@ def _data_prepare(arguments: argparse.Namespace, overrides: list[str]) -> int:
             for data in datasets
         }
         manifest = add_to_manifest(out, "tokens", tokens)
-    pictures, size = sum(manifest["pictures"].values()), sum(manifest["bytes"].values())
-    print(f"wrote {out}: {pictures} distinct pictures, {size / 1e6:.1f} MB; next: vlmscale data stats {out}")
+    said = "already prepared, and its sources are unchanged" if again else "written"
+    size = sum(manifest["bytes"].values())
+    print(f"{out}: {said}: {manifest['distinct_pictures']} distinct pictures, {size / 1e6:.1f} MB")
+    print(f"next: vlmscale data stats {out}")
     return 0
 
 
@@ -128,8 +128,9 @@ def _data_stats(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     dataset, template = open_dataset(arguments.directory, arguments.split), _template(arguments)
     if arguments.verify:
-        count = verify(dataset, progress_bar())
-        print(f"{arguments.directory}: {count} records of {arguments.split} are as prepared", file=sys.stderr)
+        for split in dataset.manifest["records"]:
+            count = verify(open_dataset(arguments.directory, split), progress_bar())
+            print(f"{arguments.directory}: {count} records of {split} are as prepared", file=sys.stderr)
     lengths = None if template is None else _lengths(dataset, template, arguments)
     stats = summarise(dataset, lengths, "" if template is None else template.name)
     print(json.dumps(stats) if arguments.json else table(stats))
@@ -143,11 +144,16 @@ def _template(arguments: argparse.Namespace) -> Any:
     from vlmscale.data.conversation import make_template
     from vlmscale.data.tokenizer import read_tokenizer
 
+    if arguments.tokenizer is None:
+        for option in ("template", "tokenization", "max_text_tokens"):
+            if getattr(arguments, option) is not None:
+                raise UserError(f"--{option.replace('_', '-')} goes with --tokenizer DIR")
+        return None
+    arguments.max_text_tokens = 2048 if arguments.max_text_tokens is None else arguments.max_text_tokens
     if arguments.max_text_tokens < 1:
         raise UserError(f"--max-text-tokens={arguments.max_text_tokens}: must be above 0")
-    if arguments.tokenizer is None:
-        return None
-    return make_template(arguments.template, read_tokenizer(arguments.tokenizer), arguments.tokenization)
+    name, mode = arguments.template or "v1", arguments.tokenization or "inline"
+    return make_template(name, read_tokenizer(arguments.tokenizer), mode)
 
 
 def _lengths(dataset: Any, template: Any, arguments: argparse.Namespace) -> Any:

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from vlmscale.compressors import COMPRESSORS, check_count, parse_options, spoken
-from vlmscale.content import content_sha256, manifest_sha256
+from vlmscale.content import content_sha256, manifest_sha256, tokenizer_sha256
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES, TOWERS
 
@@ -33,6 +33,7 @@ _CONTENT_OR_DIRECTORY = _CONTENT | {"directory": True}
 # A field that came later counts only where it says something, so that ids of older cells stay.
 _LATER = {"later": True}
 SHIPPED_TOWERS = ("scenes-48",)
+LEAST_WEIGHT = 0.001  # how often an epoch shows a data set of a mixture
 TEMPLATES = ("toy", "plain", "v1", "chatml", "llama3")  # of conversations, vlmscale/data/templates.py
 
 
@@ -302,6 +303,12 @@ def _check_data(cell: Cell) -> None:
         raise UserError(
             f"data.template={data.template}: needs --config.data.tokenizer=DIR, one of its language model"
         )
+    if data.tokenizer and data.vocab_size != DataConfig().vocab_size:
+        raise UserError(f"data.vocab_size={data.vocab_size}: is that of data.tokenizer; leave it away")
+    if data.features == "computed" and data.feature_dtype != "float32":
+        raise UserError(
+            f"data.feature_dtype={data.feature_dtype}: is of stored outputs; data.features=computed"
+        )
     if data.packing == "pack" and not data.row_length:
         raise UserError("data.packing=pack needs --config.data.row_length, such as 2048")
     if data.pack_rows != 1 and data.packing != "pack":
@@ -319,7 +326,7 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     """Directories and weights of `data.prepared`: "A,B=0.5" is A once and half of B an epoch.
 
     Raises:
-      UserError: an empty name, or a weight that is no number above 0.
+      UserError: an empty name, a data set twice, or a weight that is no number of `LEAST_WEIGHT` or more.
     """
     parts = []
     for word in text.split(",") if text else []:
@@ -328,11 +335,14 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
             number = float(weight)
         except ValueError:
             number = math.nan
-        if not path or not 0 < number < math.inf:
-            raise UserError(
-                f"data.prepared: {word.strip()!r}: write DIR, or DIR=WEIGHT with a weight above 0"
-            )
+        if not path or not LEAST_WEIGHT <= number < math.inf:
+            what = f"write DIR, or DIR=WEIGHT with a WEIGHT of {LEAST_WEIGHT} or more"
+            raise UserError(f"data.prepared: {word.strip()!r}: {what}")
         parts.append((path, number))
+    places = [Path(path).resolve() for path, _ in parts]
+    for (path, _), place in zip(parts, places, strict=True):
+        if places.count(place) > 1:
+            raise UserError(f"data.prepared: {path} is named twice; write {path}=2 to show it twice an epoch")
     return parts
 
 
@@ -451,7 +461,7 @@ def _content(name: str, value: Any, metadata: Any) -> Any:
     if metadata.get("mixture"):
         return [[manifest_sha256(name, Path(path)), weight] for path, weight in parse_mixture(value)]
     if metadata.get("tokenizer"):
-        return content_sha256(name, Path(value) / "tokenizer.json", False)
+        return tokenizer_sha256(name, Path(value))
     if metadata.get("content"):
         return content_sha256(name, Path(value), metadata.get("directory", False))
     return value
@@ -468,7 +478,10 @@ def load_data(spec: str) -> DataConfig:
     """
     path, _, argument = spec.partition(":")
     try:
-        data = runpy.run_path(str(find_config(path)))["get_data"](argument)
+        scope = runpy.run_path(str(find_config(path)))
+        if "get_data" not in scope:
+            raise UserError(f"{path}: a data definition defines get_data(arg)")
+        data = scope["get_data"](argument)
     except UserError:
         raise
     except Exception as error:  # as in load_cell

@@ -62,3 +62,19 @@ def manifest_sha256(name: str, directory: Path) -> str:
         raise UserError(
             f"{name}={directory}: is no finished data set; make one with `vlmscale data prepare`"
         ) from None
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+
+
+def tokenizer_sha256(name: str, directory: Path) -> str:
+    """Hash of all files of a directory that a tokenizer is made of.
+
+    Raises:
+      UserError: there is no tokenizer.json; `name` is that of the field.
+    """
+    if not (directory / TOKENIZER_FILES[0]).is_file():
+        raise UserError(f"{name}={directory}: has no {TOKENIZER_FILES[0]}")
+    there = [file for file in TOKENIZER_FILES if (directory / file).is_file()]
+    parts = [f"{file} {content_sha256(name, directory / file, False)}" for file in there]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -209,9 +209,14 @@ def export_run(run: LoadedRun, out: Path, dtype: str | None) -> list[Path]:
 
     Raises:
       UserError: `out` holds one of the files or weights, is a run or no directory; a number is too large for
-        `dtype`.
+        `dtype`; the run has another model's tokenizer.
       OSError: the disk is full or read-only.
     """
+    if run.cell.data.template != "toy":
+        raise UserError(
+            f"{run.path}: was trained with the tokenizer of another model (data.tokenizer); only runs with a "
+            "tokenizer of their own are exported so far"
+        )
     kind = np.dtype(jnp.dtype(dtype or "float32"))
     template, compressor = run.prepared.template, run.cell.compressor
     size = replace(SIZES[run.cell.llm.name], vocab_size=run.prepared.tokenizer.get_vocab_size())

@@ -61,6 +61,5 @@ def get_data(arg: str = "") -> DataConfig:
         packing="pack",
         pack_rows=4,
         features="computed",
-        feature_dtype="bfloat16",
         workers=8,
     )

@@ -8,7 +8,7 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from tests.data.llava_files import encoded
 from vlmscale.data.dataset import add_to_manifest, open_dataset, read_manifest, verify
+from vlmscale.data.images import decode_image
 from vlmscale.data.prepare import write_dataset
 from vlmscale.data.records import Record, Turn
-from vlmscale.data.shards import encode_example, features
+from vlmscale.data.shards import encode_example, examine, features
 from vlmscale.errors import UserError
 
 FORMATS = {
@@ -56,6 +57,17 @@ def items() -> list[tuple[Record, list[bytes]]]:
     return [(record, [FORMATS.get(name, FORMATS["a.jpg"]) for name in record.images]) for record, _ in made]
 
 
+def check_stored(stored: Sequence[bytes], given: Sequence[bytes]) -> None:
+    """RGB and gray as they came, other modes as PNG of the pixels that training sees."""
+    for kept, data in zip(stored, given, strict=True):
+        if Image.open(io.BytesIO(data)).mode in ("RGB", "L"):
+            assert kept == data
+        else:
+            picture = Image.open(io.BytesIO(kept))
+            assert (picture.format, picture.mode) == ("PNG", "RGB")
+            np.testing.assert_array_equal(np.asarray(picture), decode_image(data))
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     write_dataset(tmp_path / "set", {"train": items(), "test": items()[:1]}, shard_records=4)
@@ -67,7 +79,8 @@ def test_everything_is_read_back_exactly(path: Path) -> None:
     assert len(dataset) == len(items()) == 11
     for number, (record, pictures) in enumerate(items()):
         read, images = dataset.read(number)
-        assert images == pictures == dataset.images(number)
+        assert images == dataset.images(number)
+        check_stored(images, pictures)
         assert read == dataset.record(number)
         assert (read.id, read.images, read.turns, read.task) == (
             record.id,
@@ -104,15 +117,14 @@ def test_the_index_tells_what_each_record_shows(path: Path) -> None:
     dataset = open_dataset(path)
     index, records = dataset.index, [record for record, _ in items()]
     assert index.image_offsets.tolist() == np.cumsum([0, *(len(r.images) for r in records)]).tolist()
-    assert [dataset.picture(p) for p in index.picture] == [
-        data for _, pictures in items() for data in pictures
-    ]
+    check_stored([dataset.picture(p) for p in index.picture], [x for _, data in items() for x in data])
     assert len(index.picture_record) == len(FORMATS) == dataset.manifest["pictures"]["train"]
     for number, data in enumerate(FORMATS.values()):
         size = (index.picture_width[number], index.picture_height[number])
         assert size == Image.open(io.BytesIO(data)).size
-        assert index.picture_bytes[number] == len(data)
-        assert index.picture_sha256[number].tobytes() == hashlib.sha256(data).digest()
+        stored = dataset.picture(number)
+        assert index.picture_bytes[number] == len(stored)
+        assert index.picture_sha256[number].tobytes() == hashlib.sha256(stored).digest()
     texts = [[text for turn in r.turns for text in (turn.question, turn.answer)] for r in records]
     assert index.words.tolist() == [sum(len(text.split()) for text in of_one) for of_one in texts]
     assert index.turns.tolist() == [len(r.turns) for r in records]
@@ -140,6 +152,7 @@ def test_the_manifest_counts(path: Path) -> None:
 
 
 TFDS_ALONE = """
+import hashlib
 import sys
 import tensorflow_datasets as tfds
 builder = tfds.builder_from_directory(sys.argv[1])
@@ -151,8 +164,10 @@ text, first, last = examples[0], examples[1], examples[-1]
 assert list(text["images"]) == [] and text["task"] == b"sums" and abs(text["chance"] - 0.1) < 1e-7
 assert text["turns"]["answer"][1].decode() == last["image_names"][0].decode() != ""
 assert first["images"][0].shape == (30, 40, 3) and examples[5]["images"][0].shape == (90, 7, 3)
-assert [picture.shape for picture in examples[-2]["images"]] == [(30, 40, 3), (30, 40, 4), (30, 40, 3)]
-print(int(first["images"][0].sum()))
+assert [picture.shape for picture in examples[-2]["images"]] == [(30, 40, 3)] * 3
+for example in examples:
+    for picture in example["images"]:
+        print(hashlib.sha256(picture.tobytes()).hexdigest())
 """
 
 
@@ -160,7 +175,26 @@ def test_tfds_alone_reads_it(path: Path) -> None:
     words = [sys.executable, "-c", TFDS_ALONE, str(path)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) == int(np.asarray(Image.open(io.BytesIO(FORMATS["a.jpg"])), np.int64).sum())
+    pixels = [decode_image(data) for _, pictures in items() for data in pictures]
+    assert done.stdout.split() == [hashlib.sha256(picture.tobytes()).hexdigest() for picture in pixels]
+
+
+@pytest.mark.parametrize(
+    "kind, mode", [("GIF", "P"), ("PNG", "P"), ("PNG", "1"), ("PNG", "I;16"), ("PNG", "LA")]
+)
+def test_modes_that_tfds_reads_otherwise_are_stored_as_training_sees_them(kind: str, mode: str) -> None:
+    gray = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    colour = Image.merge("RGB", [gray, gray.rotate(90), gray.rotate(180)])
+    deep = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    buffer = io.BytesIO()
+    {"I;16": deep, "P": colour.quantize(16)}.get(mode, gray.convert(mode if mode != "I;16" else "L")).save(
+        buffer, kind
+    )
+    data = buffer.getvalue()
+    facts, stored = examine(data)
+    assert (facts.format, facts.mode, facts.size) == (kind, mode, len(stored))
+    assert stored != data
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(stored))), decode_image(data))
 
 
 def test_a_data_set_is_pickled_as_its_path_and_split(path: Path) -> None:

@@ -50,7 +50,7 @@ def cases(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, Shape]:
     return samples[:, 0], samples[:, 1], shape
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(case=cases(), seed=st.integers(0, 2**32 - 1), epoch=st.integers(0, 5))
 def test_any_samples_are_packed_once_within_the_limits(
     case: tuple[np.ndarray, np.ndarray, Shape], seed: int, epoch: int
@@ -89,7 +89,7 @@ def test_samples_meet_others_and_stand_elsewhere_in_each_epoch_and_seed(visual_t
     assert longest_first < 0.7
 
 
-@pytest.mark.parametrize("visual_tokens, slots", [(1, 35), (16, 33), (144, 22), (576, 10)])
+@pytest.mark.parametrize("visual_tokens, slots", [(1, 35), (144, 22), (576, 10)])
 def test_rows_of_an_instruction_mix_are_full(visual_tokens: int, slots: int) -> None:
     sizes, images = instruction_mix(20_000, visual_tokens)
     shape = packing.choose_shape(sizes, images, LENGTH)

@@ -229,18 +229,16 @@ def test_processes_make_the_parts_of_one_batch(processes: int, setup: Setup) -> 
     equal([joined(step) for step in zip(*parts, strict=True)], setup.take(12))
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_workers_change_nothing(workers: int, packed: Setup, unpacked: Setup) -> None:
-    setup = packed if workers == 3 else unpacked
-    equal(setup.take(12, workers=workers), setup.take(12))
+def test_workers_change_nothing(packed: Setup) -> None:
+    equal(packed.take(11, workers=2), packed.take(11))
     assert not multiprocessing.active_children()
 
 
 def test_resumed_anywhere_with_anything_is_uninterrupted(setup: Setup) -> None:
     generator = random.Random(3)
     whole = setup.take(14)
-    for _ in range(6):
-        start, processes = generator.randrange(1, 13), generator.choice([1, 2, 4])
+    for processes in (1, 2, 4):
+        start = generator.randrange(1, 13)
         parts = [
             setup.take(14 - start, start, process=process, processes=processes)
             for process in range(processes)
@@ -248,13 +246,12 @@ def test_resumed_anywhere_with_anything_is_uninterrupted(setup: Setup) -> None:
         equal([joined(step) for step in zip(*parts, strict=True)], whole[start:])
 
 
-def test_resumed_in_an_epoch_with_other_workers_and_processes_is_uninterrupted(packed: Setup) -> None:
-    blocks = packed.plan_of(0).blocks
+def test_resumed_in_an_epoch_with_other_workers_and_processes_is_uninterrupted(unpacked: Setup) -> None:
     start = 4
-    assert start * BATCH // 2 % blocks, "not at the end of an epoch"
+    assert start * BATCH % COUNT, "not at the end of an epoch"
     options = [{"workers": 1, "process": 0}, {"workers": 0, "process": 1}]
-    parts = [packed.take(6, start, processes=2, **each) for each in options]
-    equal([joined(step) for step in zip(*parts, strict=True)], packed.take(10)[start:])
+    parts = [unpacked.take(6, start, processes=2, **each) for each in options]
+    equal([joined(step) for step in zip(*parts, strict=True)], unpacked.take(10)[start:])
 
 
 def test_order_is_that_of_the_seed(unpacked: Setup) -> None:

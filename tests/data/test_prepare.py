@@ -194,9 +194,7 @@ def test_validation_is_chosen_by_seed_alone(tmp_path: Path) -> None:
     for count in (100, -1):
         with pytest.raises(UserError, match="leaves none to train on"):
             prepare_dataset([source], None, tmp_path / "x", validation=count)
-    with pytest.raises(
-        UserError, match=r"was prepared with validation and seed \{'records': 20, 'seed': 1\}"
-    ):
+    with pytest.raises(UserError, match="was prepared with 20 validation records, seed 1; use the same"):
         prepare_dataset([source], None, out, validation=20, seed=2)
 
 
@@ -330,7 +328,7 @@ CHANGES: dict[str, tuple[dict[str, bytes | None], str]] = {
     "same size": ({"03.jpg": bytes([*encoded(seed=3)[:-1], 0])}, "'03.jpg' changed in"),
     "gone": ({"05.jpg": None}, "'05.jpg' changed in"),
     "mended": ({"half.jpg": JPEG}, "'half.jpg' changed in"),
-    "there now": ({"absent.jpg": JPEG}, "'absent.jpg' changed in"),
+    "there now": ({"absent.jpg": JPEG}, "'absent.jpg' appeared in"),
     "two": ({"03.jpg": b"", "05.jpg": b""}, "'03.jpg' and 1 more pictures changed in"),
 }
 
@@ -356,12 +354,12 @@ def test_an_image_folder_that_is_named_late_is_noticed(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "images", {"a.jpg": JPEG})
     source = write_records(tmp_path / "a.json", [GOOD, shown("x", "a.jpg")])
     for first, second, message in (
-        (None, folder, f"in {folder}"),
-        (folder, None, r"\(no image folder is named"),
+        (None, folder, f"appeared in {folder}"),
+        (folder, None, r"changed \(no image folder is named"),
     ):
         out = tmp_path / str(first is None)
         prepare_dataset([source], first, out)
-        with pytest.raises(UserError, match=f"'a.jpg' changed {message}"):
+        with pytest.raises(UserError, match=f"'a.jpg' {message}"):
             prepare_dataset([source], second, out)
 
 
@@ -522,3 +520,17 @@ def test_a_copy_is_as_good(tmp_path: Path) -> None:
         == read_manifest(copy.path)["records"]["train"]
     )
     assert copy == Dataset(tmp_path / "copy", "train")
+
+
+def test_a_wrong_image_folder_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    (tmp_path / "wrong").mkdir()
+    source = write_records(tmp_path / "a.json", [GOOD, *(shown(str(n), f"{n}.jpg") for n in range(20))])
+    for folder, message in (
+        (tmp_path / "wrong", f"is in {tmp_path / 'wrong'}"),
+        (None, "no folder was given"),
+    ):
+        with pytest.raises(UserError, match=f"none of the 20 images .*'0.jpg'.*{message}"):
+            prepare_dataset([source], folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    write_files(tmp_path / "wrong", {"7.jpg": JPEG})
+    assert prepare_dataset([source], tmp_path / "wrong", tmp_path / "out")["records"] == {"train": 2}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +16,15 @@ import pytest
 from tests.integration.tiny import SCENES, picture, read
 from vlmscale.cli import main
 from vlmscale.config import Cell, load_cell
+from vlmscale.data.images import preprocess
 from vlmscale.data.pipeline import batches, in_order
 from vlmscale.data.prepare import write_dataset
 from vlmscale.data.records import Record, Turn
+from vlmscale.errors import UserError
+from vlmscale.models.sizes import TOWERS
 from vlmscale.sharding import check_batch, make_mesh, put_batch
 from vlmscale.train.prepared import Prepared, prepare
-from vlmscale.train.step import build_model, init_params, loss_sum, normalise
+from vlmscale.train.step import build_model, loss_sum, model_inputs, normalise
 
 COUNT, LENGTH = 37, 160
 METHODS = ("pool", "quecc", "llava_mini")  # that read no text, the question, and all of it
@@ -35,6 +41,14 @@ def record(number: int) -> tuple[Record, list[bytes]]:
         turns.append(Turn("<image>\n" * shown + f"Question {number} {turn}?", words))
     pictures = [picture(seed=100 * number + place, side=48) for place in range(len(names))]
     return Record(f"r{number}", tuple(names), tuple(turns)), pictures
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_compiled_quickly() -> Iterator[None]:
+    """They run for less time than it takes to make them fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +89,7 @@ def epoch(prepared: Prepared, cell: Cell) -> tuple[list[dict[str, Any]], int]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_an_epoch_has_the_same_loss_and_gradient_packed_and_not(
-    name: str, directory: Path, prepared: Prepared
+    name: str, directory: Path, prepared: Prepared, random_params: Callable[..., Any]
 ) -> None:
     alone, packed = cell_of(directory, name), cell_of(directory, name, *PACK)
     found = {}
@@ -84,8 +98,8 @@ def test_an_epoch_has_the_same_loss_and_gradient_packed_and_not(
         parts, rows = epoch(prepared, cell)
         model = build_model(cell, prepared.tokenizer.get_vocab_size()).clone(block_rows=rows)
         if params is None:
-            params = init_params(model, parts[0], 0)
-        run = jax.jit(jax.value_and_grad(lambda p, b, m=model: loss_sum(m, p, b), has_aux=True))
+            params = random_params(model, model_inputs(parts[0]), parts[0]["target_positions"])["params"]
+        run = jax.jit(jax.value_and_grad(partial(loss_sum, model), has_aux=True))
         total, count, grads = 0.0, 0, jax.tree.map(lambda x: np.zeros(x.shape), params)
         for batch in parts:
             (value, supervised), grad = run(params, batch)
@@ -97,32 +111,31 @@ def test_an_epoch_has_the_same_loss_and_gradient_packed_and_not(
     assert fewer < steps / 2
     assert also == pytest.approx(loss, rel=1e-6)
     for mine, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(equal), strict=True):
-        np.testing.assert_allclose(theirs, mine, rtol=0, atol=1e-6 * max(np.abs(mine).max(), 1))
+        np.testing.assert_allclose(theirs, mine, rtol=0, atol=5e-6 * max(np.abs(mine).max(), 1))
     assert sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(gradient)) > 1
 
 
 def test_pictures_that_are_computed_in_the_step_are_those_that_were_stored(
-    directory: Path, prepared: Prepared, tmp_path: Path
+    directory: Path, prepared: Prepared, tmp_path: Path, random_params: Callable[..., Any]
 ) -> None:
     stored = cell_of(directory, "pool")
     computed = cell_of(directory, "pool", "features=computed")
     other = prepare([computed], tmp_path / "data", lambda *_: None)
     assert not (tmp_path / "data" / "features").exists()
-    values = []
+    values, params = [], None
     for cell, data in ((stored, prepared), (computed, other)):
         parts, _ = epoch(data, cell)
         model = build_model(cell, data.tokenizer.get_vocab_size())
-        params = init_params(model, parts[0], 0)
-        values.append([float(jax.jit(lambda p, b, m=model: loss_sum(m, p, b)[0])(params, b)) for b in parts])
+        if params is None:
+            params = random_params(model, model_inputs(parts[0]), parts[0]["target_positions"])["params"]
+        run = jax.jit(partial(loss_sum, model))
+        values.append([float(run(params, batch)[0]) for batch in parts])
     assert "pixels" in parts[0]
     assert parts[0]["pixels"].dtype == np.uint8
     np.testing.assert_allclose(values[1], values[0], rtol=1e-5)
 
 
 def test_normalised_pixels_are_those_that_the_tower_was_given_on_the_host() -> None:
-    from vlmscale.data.images import preprocess
-    from vlmscale.models.sizes import TOWERS
-
     for size in (TOWERS["scenes-48"], TOWERS["clip-vit-large-patch14-336"]):
         levels = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
         wanted = preprocess(levels, 16, size.mean, size.std, "resize")
@@ -164,13 +177,13 @@ def test_rows_that_are_too_short_leave_conversations_out_and_say_so(
     said = samples.describe(layout, schedule)
     assert 0 < said["left_out"] < COUNT
     assert said["conversations"] + said["left_out"] == COUNT
+    with pytest.raises(UserError, match=r"data\.row_length=3: no conversation has a word of an answer"):
+        prepared.samples("train", cell_of(directory, "pool", "row_length=3")).training()
     shown = np.sort(schedule(3).samples)
     np.testing.assert_array_equal(shown, np.flatnonzero(samples.lengths.supervised > 0))
 
 
 def test_a_batch_of_blocks_must_divide_over_the_devices() -> None:
-    from vlmscale.errors import UserError
-
     mesh = make_mesh()
     check_batch(16, mesh, 2)
     with pytest.raises(UserError, match=r"multiple of the 8 devices times data\.pack_rows=4"):
@@ -178,3 +191,37 @@ def test_a_batch_of_blocks_must_divide_over_the_devices() -> None:
     rows = put_batch({"tokens": np.arange(32).reshape(16, 2)}, mesh)["tokens"]
     assert rows.addressable_shards[0].data.shape == (2, 2)
     np.testing.assert_array_equal(rows, np.arange(32).reshape(16, 2))
+
+
+def test_rows_in_which_no_picture_fits_are_refused(directory: Path, prepared: Prepared) -> None:
+    with pytest.raises(UserError, match=r"data\.row_length=4: no picture of 4 visual tokens fits"):
+        prepared.samples("train", cell_of(directory, "pool", "row_length=4"))
+
+
+def test_a_mixture_validates_on_what_has_the_split_and_refuses_a_weight_of_nothing(
+    directory: Path, tmp_path: Path
+) -> None:
+    write_dataset(tmp_path / "more", {"train": [record(number) for number in range(200, 206)]})
+    cell = cell_of(directory, "pool")
+    cell.data.prepared = f"{tmp_path / 'more'},{directory}=0.5"
+    mixed = prepare([cell], tmp_path / "run", lambda *_: None)
+    assert [len(part) for part in mixed.datasets["train"]] == [6, COUNT]
+    assert [len(part) for part in mixed.datasets["validation"]] == [1]
+    assert mixed.eval_split == "validation"
+    _, schedule = mixed.samples("train", cell).training()
+    shown = [schedule(epoch).samples for epoch in (0, 1)]
+    assert [sorted(part[part < 6]) for part in shown] == [list(range(6))] * 2
+    assert sorted(np.concatenate([part[part >= 6] for part in shown])) == list(range(6, 6 + COUNT))
+    cell.data.prepared = f"{directory}=0.01"
+    with pytest.raises(UserError, match=r"data\.prepared: .*=0\.01 shows none of its 37 records"):
+        prepare([cell], tmp_path / "none", lambda *_: None)
+
+
+def test_a_data_set_that_was_replaced_under_a_run_is_refused(directory: Path, tmp_path: Path) -> None:
+    shutil.copytree(directory, tmp_path / "set")
+    made = prepare([cell_of(tmp_path / "set", "pool")], tmp_path / "run", lambda *_: None)
+    assert len(made.datasets["train"][0]) == COUNT
+    shutil.rmtree(tmp_path / "set")
+    write_dataset(tmp_path / "set", {"train": [record(number) for number in range(5)]})
+    with pytest.raises(UserError, match="set: holds other data than when"):
+        _ = Prepared(made.path, made.manifest).datasets

@@ -57,16 +57,16 @@ class Sample(NamedTuple):
     text: float  # tokens of text
     targets: float  # supervised tokens
     query: float  # tokens of the question
-    with_image: float  # share of samples with an image
+    with_image: float  # images shown
 
 
 def sample_flops(cell: Cell, vocab_size: int, sample: Sample, visual_tokens: float | None = None) -> float:
     """FLOPs of an average training sample.
 
-    Forward, and twice that backward, for LLM and compressor; the tower is frozen and computed once in
-    advance, and no gradient flows through the pass over the question. A method that trains many counts runs
-    the LLM for each of them in every step, or for the one drawn; in the former case the gradient of what
-    the counts share is computed once for each.
+    Forward, and twice that backward, for LLM and compressor; the tower is frozen, and computed once in
+    advance unless `data.features` says "computed"; no gradient flows through the pass over the question. A
+    method that trains many counts runs the LLM for each of them in every step, or for the one drawn; in the
+    former case the gradient of what the counts share is computed once for each.
 
     Args:
       cell: the config.
@@ -84,7 +84,8 @@ def sample_flops(cell: Cell, vocab_size: int, sample: Sample, visual_tokens: flo
     decoder = sum(passes) / (1 if method.trains_all else len(passes))
     backward = 2 * len(counts) if method.trains_all else 2
     image = image_flops(cell, round(max(counts)), round(sample.text), sample.query)
-    return 3 * decoder + share * ((1 + backward) * image.compressor + image.query_pass)
+    tower = image.tower if cell.data.features == "computed" else 0
+    return 3 * decoder + share * ((1 + backward) * image.compressor + image.query_pass + tower)
 
 
 @lru_cache(maxsize=64)

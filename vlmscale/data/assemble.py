@@ -62,10 +62,10 @@ def finish(
         aside = counts[source["file"]]
         manifest["sources"].append(source | {"used": source["records"] - aside, "quarantined": aside})
     manifest |= {"records": {}, "pictures": {}, "images_shown": {}, "bytes": {}}
-    kinds: Counter[tuple[str, str]] = Counter()
+    kinds: dict[bytes, tuple[str, str]] = {}
     for split, of_split in parts.items():
-        index, kinds_here = merge_parts(of_split, tasks)
-        kinds.update(kinds_here)
+        index = merge_parts(of_split, tasks)
+        kinds |= {item.sha256: (item.format, item.mode) for part in of_split for item in part.shown}
         buffer = io.BytesIO()
         np.savez(buffer, **index._asdict())
         write_file(index_file(out, split), buffer.getvalue())
@@ -75,8 +75,9 @@ def finish(
         manifest["bytes"][split] = sum(part.file_bytes for part in of_split)
     shards = _place_shards(out, targets, parts)
     manifest |= {
-        "formats": _sums((kind, count) for (kind, _), count in kinds.items()),
-        "modes": _sums((mode, count) for (_, mode), count in kinds.items()),
+        "distinct_pictures": len(kinds),  # of all splits together
+        "formats": dict(sorted(Counter(kind for kind, _ in kinds.values()).items())),
+        "modes": dict(sorted(Counter(mode for _, mode in kinds.values()).items())),
         "tasks": tasks,
         "duplicate_ids": len(ids) - len(np.unique(ids)),
         "quarantined": dict(Counter(item["reason"].split(":", 1)[0] for item in quarantined).most_common()),
@@ -105,8 +106,8 @@ def _nothing_usable(
     raise UserError(f"{files}: none of {which} can be used: {shown}" + f"; and {more} more" * (more > 0))
 
 
-def merge_parts(parts: list[Part], tasks: list[str]) -> tuple[Index, Counter[tuple[str, str]]]:
-    """The columns of a split, and how many distinct pictures are of each (format, mode)."""
+def merge_parts(parts: list[Part], tasks: list[str]) -> Index:
+    """The columns of a split."""
     numbers: dict[bytes, int] = {}
     first: list[tuple[int, int, Shown]] = []
     picture, images, records = [], [], 0
@@ -126,7 +127,7 @@ def merge_parts(parts: list[Part], tasks: list[str]) -> tuple[Index, Counter[tup
     def column(name: str) -> np.ndarray:
         return np.array([value for part in parts for value in getattr(part, name)], np.int32)
 
-    index = Index(
+    return Index(
         image_offsets=np.cumsum([0, *images], dtype=np.int64),
         picture=np.array(picture, np.int32),
         picture_record=np.array([record for record, _, _ in first], np.int32),
@@ -140,14 +141,6 @@ def merge_parts(parts: list[Part], tasks: list[str]) -> tuple[Index, Counter[tup
         task=np.array([task_number[task] for part in parts for task in part.task], np.int32),
         source_index=column("source_index"),
     )
-    return index, Counter((item.format, item.mode) for _, _, item in first)
-
-
-def _sums(counts: Iterable[tuple[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for name, count in counts:
-        total[name] += count
-    return dict(sorted(total.items()))
 
 
 def _place_shards(

@@ -19,11 +19,12 @@ import numpy as np
 
 from vlmscale.data.conversation import IMAGE_MARK, Encoded, Template, truncate
 from vlmscale.data.dataset import Dataset
-from vlmscale.data.workers import cores, serve_parent
+from vlmscale.data.workers import cores, quiet_tracker, serve_parent
 from vlmscale.errors import UserError
 
 Progress = Callable[[str, int, int], None]
 _CHUNK = 2048  # conversations that a process measures at a time
+_ALONE = 20_000  # up to so many, about ten seconds, no process is started unless it is asked for
 
 
 class Lengths(NamedTuple):
@@ -63,8 +64,11 @@ class Limits:
     visual_tokens: int = 0
 
     def cut(self, encoded: Encoded) -> Encoded:
-        """The conversation without its tail behind either limit; an image is never cut in two."""
-        encoded = truncate(encoded, 0, self.text)
+        """The conversation without its tail behind either limit; an image is never cut in two.
+
+        Its question by itself has at most as many tokens as its text.
+        """
+        encoded = truncate(encoded, 0, self.text)._replace(query=encoded.query[: self.text])
         return truncate(encoded, self.visual_tokens, self.row) if self.row else encoded
 
 
@@ -92,7 +96,7 @@ def measure(
       dataset: a prepared data set.
       template: makes tokens of turns.
       max_text_tokens: text tokens of a conversation at most.
-      workers: processes; None for as many as there are cores, 0 for none but this one.
+      workers: processes; None for as many as there are cores if it is worth it, 0 for none but this one.
       progress: called with ("token lengths", done, total).
 
     Raises:
@@ -208,7 +212,9 @@ def _measure(
 ) -> Lengths:
     """Lengths of some conversations, in their order, in chunks that processes share."""
     chunks = [samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK)]
-    workers = min(cores() if workers is None else workers, len(chunks))
+    if workers is None:
+        workers = cores() if len(samples) > _ALONE else 0
+    workers = min(workers, len(chunks))
     out = Lengths(*(np.empty(len(samples), np.int32) for _ in Lengths._fields))
     done = 0
     results = _in_turn if workers < 2 else _in_processes
@@ -232,6 +238,7 @@ def _in_turn(
 def _in_processes(
     dataset: Dataset, template: Template, limits: Limits, chunks: list[np.ndarray], workers: int
 ) -> Iterable[tuple[int, Lengths]]:
+    quiet_tracker()
     context = multiprocessing.get_context("spawn")  # a fork of a process that runs jax may hang
     start = (dataset, template, limits)
     with ProcessPoolExecutor(workers, context, _start_worker, start) as pool:

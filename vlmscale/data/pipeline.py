@@ -28,7 +28,7 @@ from vlmscale.data.conversation import expand
 from vlmscale.data.lengths import Lengths, target_positions
 from vlmscale.data.packing import Plan, Shape
 from vlmscale.data.sources import Picture, Source
-from vlmscale.data.workers import serve_parent
+from vlmscale.data.workers import quiet_tracker, serve_parent
 from vlmscale.errors import UserError
 
 Batch = dict[str, np.ndarray]
@@ -45,9 +45,6 @@ _BY_ROW = (
 )
 _BUFFERED = 2  # batches that wait, of each worker
 _KNOWN = 3  # epochs whose plan is kept in memory
-# Batches that lie in shared memory when nobody wants them any more are removed by Python's tracker, which
-# warns of a leak.
-_TRACKER = "ignore:resource_tracker:UserWarning"
 
 
 @dataclass(frozen=True)
@@ -243,8 +240,7 @@ def batches(
         return Batches([iter(chain.to_iter_dataset(options))], plans, start_step, blocks)
     if not flags.FLAGS.is_parsed():  # Grain reads its own even where no command line was parsed by absl
         flags.FLAGS.mark_as_parsed()
-    if _TRACKER not in sys.warnoptions:  # which its process is started with
-        sys.warnoptions.append(_TRACKER)
+    quiet_tracker()
     parts = [_worker(chain[index::workers], plans) for index in range(workers)]
     return Batches(parts, plans, start_step, blocks)
 
@@ -264,21 +260,29 @@ def _worker(chain: grain.MapDataset, plans: _Plans) -> grain.DatasetIterator:
 
 
 def in_order(
-    source: Source, layout: Layout, batch_size: int, *, process: int = 0, processes: int = 1
+    source: Source,
+    layout: Layout,
+    batch_size: int,
+    *,
+    samples: np.ndarray | None = None,
+    process: int = 0,
+    processes: int = 1,
 ) -> Iterator[Batch]:
-    """Every sample once, in order, one a row; copies of sample 0 without targets fill the last batch.
+    """Every sample once, in order, one a row; copies of the first without targets fill the last batch.
 
     Args:
       source, layout: as for `batches`, with blocks of one row.
+      samples: numbers of those that are wanted; None for all.
       batch_size, process, processes: as for `batches`.
     """
     if layout.shape.rows != 1 or batch_size % processes:
         raise ValueError("in_order: blocks of one row, and as many for each process")
     local = batch_size // processes
-    for start in range(0, len(source), batch_size):
+    wanted = np.arange(len(source)) if samples is None else samples
+    for start in range(0, len(wanted), batch_size):
         mine = range(start + process * local, start + (process + 1) * local)
-        batch = fill(source, layout, [[[index if index < len(source) else 0]] for index in mine])
-        batch["target_mask"][[index >= len(source) for index in mine]] = False
+        batch = fill(source, layout, [[[wanted[index if index < len(wanted) else 0]]] for index in mine])
+        batch["target_mask"][[index >= len(wanted) for index in mine]] = False
         yield batch
 
 
@@ -417,12 +421,19 @@ class _Plans:
         """The epoch of a block, and the first block of that and of the next."""
         with self._counting:
             while not self._ends or self._ends[-1] <= number:
-                blocks = self._epoch(len(self._ends)).blocks
+                blocks = self._blocks(len(self._ends))
                 if not blocks:
                     raise UserError("no conversation is left to train on: all were set aside")
                 self._ends.append(blocks + (self._ends[-1] if self._ends else 0))
             epoch = int(np.searchsorted(self._ends, number, side="right"))
             return epoch, self._ends[epoch - 1] if epoch else 0, self._ends[epoch]
+
+    def _blocks(self, epoch: int) -> int:
+        """Blocks of an epoch, without its plan where that can be: a resume passes all epochs before."""
+        rows = getattr(self.plan_of, "rows", None)
+        if rows is None or getattr(self.plan_of, "packing", "pack") == "pack":
+            return self._epoch(epoch).blocks
+        return int(rows(epoch))  # in blocks of one
 
     def _epoch(self, epoch: int) -> Plan:
         known = self._known.get(epoch)  # without the lock: another epoch may be in the making

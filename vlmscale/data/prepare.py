@@ -38,12 +38,13 @@ from vlmscale.data.shards import (
     write_file,
     write_shard,
 )
-from vlmscale.data.workers import cores, serve_parent
+from vlmscale.data.workers import cores, quiet_tracker, serve_parent
 from vlmscale.errors import UserError, disk_fault
 from vlmscale.records import make_directory
 
 SHARD_RECORDS = 2048
 _PLAN, _LOCK = "plan.json", "lock"
+_TELLING = 20  # so many images that are all missing are the folder's fault, not the records'
 _REPORT = 2**24  # bytes scanned between two reports
 _SHARD_BYTES, _RECORD_BYTES = 2**18, 2**10  # what comes on top of pictures and text, at the most
 
@@ -107,6 +108,13 @@ def prepare_dataset(
     if (out / MANIFEST).exists():
         return _check_finished(sources, images, out, validation, seed, progress)
     found = _scan(sources, images, progress)
+    there = sum(state.size >= 0 for state in found.files.values())
+    if len(found.files) >= _TELLING and not there:
+        place = f"is in {images.resolve()}" if images is not None else "can be found: no folder was given"
+        raise UserError(
+            f"none of the {len(found.files)} images that the records name, such as "
+            f"{quote(next(iter(found.files)))}, {place}; name the folder that their paths are relative to"
+        )
     if not 0 <= validation < len(found.source):
         raise UserError(f"validation={validation} of {len(found.source)} records leaves none to train on")
     make_directory(out)
@@ -185,10 +193,11 @@ def _write_split(
                     f"names and {placeholders} {PLACEHOLDER} placeholders"
                 )
             try:
-                shown = [examine(data, hashlib.sha256(data).digest()) for data in pictures]
+                found = [examine(data) for data in pictures]
             except ImageError as error:
                 raise ValueError(f"record {quote(record.id)}: picture {error}") from None
-            writer.add(record, pictures, shown, position + number, count_words(texts))
+            shown, stored = [fact for fact, _ in found], [data for _, data in found]
+            writer.add(record, stored, shown, position + number, count_words(texts))
     if not targets:
         raise ValueError(f"split {split!r} has no records")
     return targets
@@ -328,6 +337,7 @@ def _is_done(target: Path, files: Mapping[str, FileState]) -> bool:
 def _in_processes(jobs: list[Job], count: int) -> Iterator[int]:
     """`write_shard` of each job, in any order, in processes that know nothing of an accelerator."""
     # Not fork: a thread of the caller's (JAX has several) may hold a lock.
+    quiet_tracker()
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(count, context, initializer=serve_parent) as pool:
         futures = [pool.submit(write_shard, job) for job in jobs]
@@ -352,30 +362,31 @@ def _check_finished(
     if [_sha256(path) for path in sources] != hashes:
         names = ", ".join(source["file"] for source in manifest["sources"]) or "records that were drawn"
         raise UserError(f"{out}: holds other data, prepared from {names}; choose another directory")
-    if manifest.get("validation") != {"records": validation, "seed": seed}:
-        raise UserError(
-            f"{out}: was prepared with validation and seed {manifest.get('validation')}; use these, or "
-            "choose another directory"
-        )
+    chosen = manifest.get("validation")
+    if chosen != {"records": validation, "seed": seed}:
+        how = f"{chosen['records']} validation records, seed {chosen['seed']}" if chosen else "other settings"
+        raise UserError(f"{out}: was prepared with {how}; use the same, or choose another directory")
     try:
         with np.load(out / PICTURES) as saved:
             columns = {key: saved[key] for key in saved.files}
         names, digests = json.loads(columns["names"].tobytes()), columns["sha256"].reshape(-1, 32)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"{out / PICTURES}: cannot be read ({error}); prepare the data anew") from None
-    changed = []
+    changed, new = [], 0
     for number, name in enumerate(names):
         state = FileState(int(columns["size"][number]), int(columns["time"][number]))
         if _has_changed(images, name, state, digests[number].tobytes()):
             changed.append(name)
+            new += state.size < 0
         if number % 10_000 == 9_999:
             progress("checking pictures", number + 1, len(names))
     if changed:
         more = f" and {len(changed) - 1} more pictures" * (len(changed) > 1)
         where = f"in {images}" if images is not None else "(no image folder is named)"
+        how = "appeared" if new == len(changed) else "changed"
         raise UserError(
-            f"{out}: {quote(changed[0])}{more} changed {where} since the data was prepared; choose another "
-            "directory to prepare what is there now, or bring them back"
+            f"{out}: {quote(changed[0])}{more} {how} {where} since the data was prepared; choose another "
+            "directory to prepare what is there now, or bring back what was"
         )
     shutil.rmtree(out / PARTIAL, ignore_errors=True)  # left by a kill at the very end
     return manifest

@@ -46,17 +46,28 @@ class Schedule:
 
     def __call__(self, epoch: int) -> Plan:
         """The plan of an epoch."""
-        chosen = self._chosen(epoch)
+        chosen = self.chosen(epoch)
+        ends = np.arange(len(chosen) + 1)
         if self.packing == "pack":
             return plan(self.sizes, self.images, self.shape, self.seed, epoch, chosen)
         if self.packing == "modality_length":
             shown = self.images[chosen] > 0
             order = group_by_modality_length(self.words[chosen], shown, self.batch_size, 1, self.seed, epoch)
+            # Empty rows fill the last batch, or no batch of the next epoch would be one of the sampler's.
+            ends = np.append(ends, np.full(-len(chosen) % self.batch_size, len(chosen)))
         else:
             order = one_per_row(len(chosen), self.seed, epoch).samples
-        return Plan(chosen[order], np.arange(len(chosen) + 1), 1)
+        return Plan(chosen[order], ends, 1)
 
-    def _chosen(self, epoch: int) -> np.ndarray:
+    def rows(self, epoch: int) -> int:
+        """How many rows the plan of an epoch has; only packing must make it to know."""
+        if self.packing == "pack":
+            return len(self(epoch).row_offsets) - 1
+        count = len(self.chosen(epoch))
+        return count if self.packing == "none" else -(-count // self.batch_size) * self.batch_size
+
+    def chosen(self, epoch: int) -> np.ndarray:
+        """The samples of an epoch, [m]; of a mixture some may be there several times."""
         every = np.concatenate(self.usable)
         if all(weight == 1 for weight in self.weights):
             return every

@@ -38,6 +38,7 @@ from vlmscale.errors import UserError
 
 Progress = Callable[[str, int, int], None]  # what, done, total
 RECORD_BYTES = 2**30  # of all pictures of one record; a message of its wire format ends at 2 GiB
+_AS_TFDS = ("RGB", "L")  # modes of Pillow that TFDS decodes to the pixels that training sees
 # Pictures do not shrink, and reading goes faster; one record is one chunk, with a hash of its own.
 _WRITER = "group_size:1,uncompressed"
 
@@ -50,7 +51,7 @@ class FileState(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What the check of a picture found. `format` and `mode` are Pillow's names."""
+    """What the check of a picture found. `format` and `mode` are Pillow's names, of the file as it came."""
 
     sha256: bytes
     width: int
@@ -157,16 +158,24 @@ def decode_example(data: bytes) -> tuple[Record, list[bytes]]:
     return record, list(values["images"].bytes_list.value)
 
 
-def examine(data: bytes, sha256: bytes) -> Shown:
-    """A picture's facts, after a full decode; `sha256` is that of its bytes.
+def examine(data: bytes) -> tuple[Shown, bytes]:
+    """A picture's facts, after a full decode, and the bytes to store of it, whose sha256 is among them.
+
+    These are its own for RGB and gray. TFDS reads other modes in its own way: palettes as their indices, CMYK
+    and alpha as a fourth channel, 16 bits as 8. So of those the pixels that training sees are stored, as PNG.
 
     Raises:
         ImageError: it is too large (told by its header, before any pixel), truncated, damaged or no picture.
     """
-    height, width, _ = decode_image(data).shape
+    pixels = decode_image(data)
+    height, width, _ = pixels.shape
     with Image.open(io.BytesIO(data)) as image:  # the header alone, which was found good
         kind, mode = str(image.format), image.mode
-    return Shown(sha256, width, height, len(data), kind, mode)
+    if mode not in _AS_TFDS:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "PNG")
+        data = buffer.getvalue()
+    return Shown(hashlib.sha256(data).digest(), width, height, len(data), kind, mode), data
 
 
 def file_state(images: Path | None, name: str) -> FileState:
@@ -278,7 +287,7 @@ def write_shard(job: Job) -> int:
         RuntimeError, OSError: the disk.
     """
     root = job.images.resolve() if job.images is not None else None
-    checked: dict[bytes, Shown | str] = {}
+    checked: dict[bytes, tuple[Shown, bytes] | str] = {}
     files = [path.open("rb") for path in job.sources]
     try:
         with ShardWriter(job.target) as writer:
@@ -292,7 +301,7 @@ def write_shard(job: Job) -> int:
                 try:
                     record = parse_record(item, int(position))
                     read = _pictures(record, job.images, root, writer.part)
-                    shown = [_examine(name, read[name], checked) for name in record.images]
+                    found = [_examine(name, read[name], checked) for name in record.images]
                 except RefusedError as error:
                     writer.part.quarantined.append(
                         {
@@ -305,7 +314,7 @@ def write_shard(job: Job) -> int:
                     continue
                 # LLaVA counts before it drops a leading gpt turn.
                 words = count_words(turn["value"] for turn in item["conversations"])
-                pictures = [read[name].data for name in record.images]
+                shown, pictures = [fact for fact, _ in found], [data for _, data in found]
                 writer.add(record, pictures, shown, int(position), words)
     finally:
         for file in files:
@@ -340,15 +349,19 @@ def _pictures(record: Record, images: Path | None, root: Path | None, part: Part
     return pictures
 
 
-def _examine(name: str, picture: _Picture, checked: dict[bytes, Shown | str]) -> Shown:
-    """The facts of a picture; what `checked` holds by its sha256 is not decoded again."""
-    found = checked.get(picture.sha256)
-    if found is None:
+def _examine(
+    name: str, picture: _Picture, checked: dict[bytes, tuple[Shown, bytes] | str]
+) -> tuple[Shown, bytes]:
+    """`examine`; what `checked` holds by its file's sha256 is not decoded again."""
+    known = checked.get(picture.sha256)
+    if known is None:
         try:
-            found = examine(*picture)
+            facts, stored = examine(picture.data)
+            # Of most pictures the bytes at hand: a shard's would be too many to keep.
+            known = facts, b"" if stored is picture.data else stored
         except ImageError as error:
-            found = str(error)
-        checked[picture.sha256] = found
-    if isinstance(found, str):
-        raise RefusedError(f"unreadable image: {quote(name)} {found}")
-    return found
+            known = str(error)
+        checked[picture.sha256] = known
+    if isinstance(known, str):
+        raise RefusedError(f"unreadable image: {quote(name)} {known}")
+    return known[0], known[1] or picture.data

@@ -40,7 +40,7 @@ def prepare_records(config: DataConfig, out: Path, progress: Progress) -> list[P
 
 
 def open_splits(directories: Iterable[Path]) -> dict[str, list[Dataset]]:
-    """The data sets by split, in the order of their directories; a split that one of them lacks is left out.
+    """The data sets by split, in the order of their directories; a split has those that have it.
 
     Raises:
       UserError: a directory is no prepared data set.
@@ -51,7 +51,7 @@ def open_splits(directories: Iterable[Path]) -> dict[str, list[Dataset]]:
         names = [name for name in SPLITS[1:] if train.manifest["records"].get(name)]
         found += [train, *(open_dataset(directory, name) for name in names)]
     by_split = {name: [dataset for dataset in found if dataset.split == name] for name in SPLITS}
-    return {name: parts for name, parts in by_split.items() if len(parts) == len(by_split["train"])}
+    return {name: parts for name, parts in by_split.items() if parts}
 
 
 def describe(manifest: dict[str, Any], aside: int = 0) -> str:

@@ -13,14 +13,13 @@ from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from vlmscale.content import TOKENIZER_FILES
 from vlmscale.errors import UserError
 from vlmscale.records import read_object
 
 PAD, IMAGE, USER, ASSISTANT, END = "<|pad|>", "<|image|>", "<|user|>", "<|assistant|>", "<|end|>"
 SPECIAL = (PAD, IMAGE, USER, ASSISTANT, END)
-FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
-_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"  # of files made before transformers 5
-FILES = (FILE, CONFIG, _MAP, _ADDED)  # all that `read_tokenizer` looks at
+FILE, CONFIG, _MAP, _ADDED = TOKENIZER_FILES  # the last two are of files made before transformers 5
 # Qwen's, Llama 3.1's and Llama 3's stand behind those that are made for the purpose.
 _PADS = (PAD, "<unk>", "<pad>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<|end_of_text|>", "</s>")
 _FORCE_CLEAN = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"

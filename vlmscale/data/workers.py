@@ -5,17 +5,28 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import threading
 from multiprocessing import connection, parent_process
 from pathlib import Path
 
 _POLL_S = 0.1  # how often a worker looks whether it is still wanted
+_TRACKER = "ignore:resource_tracker:UserWarning"
 _GRACE_S = 1.0  # what it is given to end by itself
 
 
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def quiet_tracker() -> None:
+    """Called before the first worker of any kind is started, as Python's resource tracker comes with it.
+
+    It removes batches that lie in shared memory when nobody wants them any more, and warns of a leak.
+    """
+    if _TRACKER not in sys.warnoptions:  # which it is started with
+        sys.warnoptions.append(_TRACKER)
 
 
 def serve_parent(folder: Path | None = None) -> None:

@@ -46,9 +46,14 @@ def make_items(datasets: Sequence[Dataset], history: str) -> list[Item]:
     return items
 
 
-def too_long(items: Sequence[Item], template: Template, most: int) -> set[str]:
-    """Ids of items whose prompt has more than so many text tokens."""
-    return {item.id for item in items if text_tokens(template.prompt(item.question, item.history)) > most}
+def by_length(items: Sequence[Item], template: Template, most: int) -> tuple[list[Item], list[Item]]:
+    """Items whose prompt has at most so many text tokens, and the others."""
+    short: list[Item] = []
+    long: list[Item] = []
+    for item in items:
+        prompt = template.prompt(item.question, item.history)
+        (short if text_tokens(prompt) <= most else long).append(item)
+    return short, long
 
 
 def text_tokens(prompt: list[int]) -> int:

@@ -15,7 +15,7 @@ import numpy as np
 from vlmscale import __version__
 from vlmscale.compressors import COMPRESSORS, label, parse_options
 from vlmscale.compressors.features import abstract_features, tower_features
-from vlmscale.config import Cell, DataConfig, check_evaluable
+from vlmscale.config import Cell, DataConfig, check_evaluable, parse_mixture
 from vlmscale.cost import flops
 from vlmscale.cost.image import Sample, image_flops, sample_flops
 from vlmscale.data.conversation import IMAGE_MARK
@@ -34,7 +34,7 @@ from vlmscale.evaluate.generation import (
     prompt_batch,
     prompt_inputs,
 )
-from vlmscale.evaluate.items import Item, first_question, make_items, text_tokens, too_long
+from vlmscale.evaluate.items import Item, by_length, first_question, make_items, text_tokens
 from vlmscale.evaluate.scoring import SCORERS
 from vlmscale.models.decoder import unstack
 from vlmscale.models.sizes import SIZES, TOWERS
@@ -169,7 +169,8 @@ def embed_queries(run: LoadedRun, model: VLM, questions: list[str]) -> np.ndarra
     if not model.visual_tokens or COMPRESSORS[model.compressor_name].text != "query":
         return None
     distinct = {question: place for place, question in enumerate(dict.fromkeys(questions))}
-    ids = [run.prepared.template.query(question) for question in distinct]
+    most = run.cell.data.max_text_tokens  # as in training
+    ids = [run.prepared.template.query(question)[:most] for question in distinct]
     tokens = np.full((len(ids), max(map(len, ids))), run.prepared.template.pad, np.int32)
     for row, query in enumerate(ids):
         tokens[row, : len(query)] = query
@@ -218,13 +219,12 @@ def evaluate(
     """
     check_evaluable(run.cell, "--visual-tokens", visual_tokens)
     split = run.prepared.eval_split
-    items = make_items(run.prepared.datasets[split], run.cell.evaluate.history)
-    long = too_long(items, run.prepared.template, run.cell.data.max_text_tokens)
-    items = [item for item in items if item.id not in long]
+    everything = make_items(run.prepared.datasets[split], run.cell.evaluate.history)
+    items, long = by_length(everything, run.prepared.template, run.cell.data.max_text_tokens)
     if not items:
         raise UserError(f"{run.path}: every prompt has more than data.max_text_tokens text tokens")
     (run.path / "answers").mkdir(exist_ok=True)
-    write_lines(run.path / "not_asked.jsonl", [json.dumps({"id": name}) for name in sorted(long)])
+    write_lines(run.path / "not_asked.jsonl", [json.dumps({"id": item.id}) for item in long])
     known = sorted({item.task for item in items})
     for task in tasks or []:
         if task not in known:
@@ -339,10 +339,10 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, Said]], costs: C
         gen_tokens_mean=generated,
         image_size=tower.image_size,
         data_mix=data_mix(cell.data),
-        data_samples=cell.train.steps * cell.train.batch_size,
+        data_samples=samples_seen(run),
         stage_steps=[cell.train.steps],
         lr=cell.train.learning_rate,
-        train_flops=round(costs.per_sample * cell.train.steps * cell.train.batch_size),
+        train_flops=round(costs.per_sample * samples_seen(run)),
         infer_flops=round(per_item * sum(image) + llm_flops),
         latency_ms=None,
         device=read_json(run.path / "env.json")["device"],
@@ -395,20 +395,26 @@ def heldout_loss(run: LoadedRun, visual_tokens: int) -> float | None:
     samples, constants = prepared.samples("validation", smaller), prepared.constants(cell)
     model = build_model(cell, prepared.manifest["vocab_size"], "loop", visual_tokens)
     sums = jax.jit(lambda params, batch: plain_loss_sum(model, params, batch))
-    stream = in_order(samples.source, samples.one_per_row(), HELDOUT_BATCH)
+    stream = in_order(samples.source, samples.one_per_row(), HELDOUT_BATCH, samples=samples.usable)
     return mean_loss(lambda batch: sums(run.params, batch | constants), stream)
 
 
 def training_sample(run: LoadedRun) -> Sample:
     """The average training sample; padding is not counted."""
-    lengths = run.prepared.samples("train", run.cell).lengths
-    used = lengths.supervised > 0
-    return Sample(
-        text=float(np.mean(lengths.text[used])),
-        targets=float(np.mean(lengths.supervised[used])),
-        query=float(np.mean(lengths.query[used])),
-        with_image=float(np.mean(lengths.images[used])),
-    )
+    weights, sums = [weight for _, weight in parse_mixture(run.cell.data.prepared)] or [1.0], []
+    for weight, lengths in zip(weights, run.prepared.samples("train", run.cell).by_dataset, strict=True):
+        used = lengths.supervised > 0
+        columns = (lengths.text, lengths.supervised, lengths.query, lengths.images)
+        sums.append([weight * used.sum(), *(weight * column[used].sum() for column in columns)])
+    count, text, targets, query, images = np.sum(sums, axis=0)
+    return Sample(float(text / count), float(targets / count), float(query / count), float(images / count))
+
+
+def samples_seen(run: LoadedRun) -> int:
+    """Conversations that training was shown; a packed row holds several."""
+    rows = run.cell.train.steps * run.cell.train.batch_size
+    layout = read_json(run.path / "data.json")
+    return round(rows * layout["conversations"] / layout["rows"])
 
 
 def answer_one(

@@ -79,7 +79,8 @@ class VLM(nn.Module):
 
     `layout`, `attention` and `remat` are the decoder's: "scan" to train, "loop" to generate. `options` are
     the compressor's; `largest` is the count that a nested one was made for, 0 for `visual_tokens` itself.
-    `block_rows` is how many rows share their images (`Inputs`).
+    `block_rows` is how many rows share their images (`Inputs`), `full_rows` whether rows without an image may
+    be full (`narrow`).
     """
 
     decoder_size: DecoderSize
@@ -94,6 +95,7 @@ class VLM(nn.Module):
     tower_size: TowerSize | None = None
     largest: int = 0
     block_rows: int = 1
+    full_rows: bool = False
 
     def setup(self) -> None:
         """Declare the parts."""
@@ -140,8 +142,10 @@ class VLM(nn.Module):
         if visual.shape[1] != self.visual_tokens:
             raise ValueError(f"the image gives {visual.shape[1]} tokens, the model has {self.visual_tokens}")
         slots, most = inputs.image_slots, inputs.visual_count
-        embeddings, filled = splice(embeddings, split_rows(visual), valid, slots, most)
         holes = method.adaptive(dict(self.options)) or most is not None
+        if holes:
+            visual, valid = holes_first(visual, valid, most)
+        embeddings, filled = splice(embeddings, split_rows(visual), valid, slots)
         if holes:
             dropped = slots.astype(bool) & ~filled
             positions, segment_ids = close_gaps(positions, segment_ids, dropped)
@@ -199,7 +203,7 @@ class VLM(nn.Module):
         embeddings, positions, segment_ids, holes = self.embed(inputs)
         valid = segment_ids > 0
         hidden, cache = self.decoder.prefill(embeddings, positions, valid, slots, holes)
-        last = jnp.sum(inputs.segment_ids > 0, axis=1) - 1  # a prompt never ends in an image slot
+        last = jnp.sum(inputs.segment_ids > 0, axis=1) - 1  # of an image the last slot is never a hole
         behind = self.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
         return behind, cache, jnp.sum(valid, axis=1)
 
@@ -224,7 +228,6 @@ def splice(
     visual: jax.Array,
     valid: jax.Array,
     image_slots: jax.Array,
-    count: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Put visual tokens into their slots, in order.
 
@@ -233,7 +236,6 @@ def splice(
       visual: [N, V, D], N = B * I.
       valid: [N, V] bool.
       image_slots: [B, T], as in `Inputs`; the j-th slot of an image takes its visual token j.
-      count: tokens used of each image; None for all.
 
     Returns:
       [B, T, D], and which slots [B, T] hold a valid token.
@@ -244,9 +246,22 @@ def splice(
     order = jnp.clip((image - 1) * tokens + rank, 0, per_row * tokens - 1)
     spread = jnp.take_along_axis(visual.reshape(rows, per_row * tokens, width), order[:, :, None], axis=1)
     filled = jnp.take_along_axis(valid.reshape(rows, per_row * tokens), order, axis=1) & (image > 0)
-    if count is not None:
-        filled &= rank < count
     return jnp.where(filled[:, :, None], spread.astype(embeddings.dtype), embeddings), filled
+
+
+def holes_first(visual: jax.Array, valid: jax.Array, count: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Visual tokens that are used behind those that are not, both in their order.
+
+    The text right behind an image is predicted in its last slot, which must then hold a token.
+
+    Args:
+      visual: [N, V, D].
+      valid: [N, V] bool.
+      count: how many are used of each image, from the first on; None for all.
+    """
+    used = valid if count is None else valid & (jnp.arange(valid.shape[1]) < count)
+    order = jnp.argsort(used, axis=1, stable=True)
+    return jnp.take_along_axis(visual, order[:, :, None], axis=1), jnp.take_along_axis(used, order, axis=1)
 
 
 def _of_image(image_slots: jax.Array, per_row: int) -> jax.Array:
@@ -278,13 +293,19 @@ def close_gaps(
 
 
 def narrow(
-    inputs: Inputs, target_positions: jax.Array, visual_tokens: int, count: int, block_rows: int = 1
+    inputs: Inputs,
+    target_positions: jax.Array,
+    visual_tokens: int,
+    count: int,
+    block_rows: int = 1,
+    full_rows: bool = False,
 ) -> tuple[Inputs, jax.Array]:
     """The same batch with fewer slots an image: what it would have been for another number of tokens.
 
     Rows of one image get shorter by the slots that fall away, so every row must have that many free: one
     whose image has `visual_tokens` slots, or one without an image that is no longer than its text
-    (`Layout` of the pipeline sees to it). In blocks of several images those slots become padding.
+    (`Layout` of the pipeline sees to it). Where rows may be full, and in blocks of several images, those
+    slots become padding.
 
     Args:
       inputs: with features.
@@ -292,15 +313,16 @@ def narrow(
       visual_tokens: slots an image has.
       count: slots it is to have.
       block_rows: rows that share their images.
+      full_rows: whether rows may be full.
 
     Returns:
       Inputs of T - (visual_tokens - count) tokens, or of T, and their target positions.
     """
     blocks = inputs.blocks(block_rows)
     mine = blocks.of_image
-    kept = _rank(mine) < count
+    kept = ~mine.any(axis=2) | (_rank(mine) >= visual_tokens - count)
     positions, segment_ids = close_gaps(blocks.positions, blocks.segment_ids, ~kept)
-    if mine.shape[2] > 1 or block_rows > 1:
+    if mine.shape[2] > 1 or block_rows > 1 or full_rows:
         changed = jnp.where(kept, blocks.image_slots, 0), positions, segment_ids
         slots, positions, segment_ids = (x.reshape(inputs.tokens.shape) for x in changed)
         left = inputs._replace(image_slots=slots, positions=positions, segment_ids=segment_ids)

@@ -21,7 +21,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from vlmscale.config import Cell, cell_id, from_dict, to_dict
+from vlmscale.config import Cell, cell_id, from_dict, leaves, to_dict
 from vlmscale.data.pipeline import Batch, batches, fill, in_order
 from vlmscale.errors import UserError
 from vlmscale.models.vlm import VLM
@@ -29,7 +29,7 @@ from vlmscale.records import Metrics, Status, environment, make_directory, read_
 from vlmscale.sharding import check_batch, make_mesh, put_batch, replicated
 from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.feed import Feed
-from vlmscale.train.prepared import Prepared
+from vlmscale.train.prepared import Prepared, load_manifest
 from vlmscale.train.step import (
     TrainState,
     build_model,
@@ -42,6 +42,7 @@ from vlmscale.weights import tree
 
 _FLUSH_EVERY = 25  # steps whose metrics are fetched from the device together
 HELDOUT_BATCH = 200
+_FEW = 0.5  # a share of image slots that is worth a word
 Progress = Callable[[int, int, float], None]
 Put = Callable[[Batch], dict[str, Any]]  # a host batch onto the devices, with what every batch shares
 
@@ -94,21 +95,25 @@ def open_run(cell: Cell, run: Path, data: Path, sweep: str) -> None:
     if spec.exists() and trained and (known := read_json(spec))["cell_id"] != own:
         raise UserError(
             f"{run}: holds cell {known['cell_id']}, this config is cell {own}"
-            f"{_differences(known['config'], to_dict(cell))}; choose another --out"
+            f"{_differences(known['config'], cell)}; choose another --out"
         )
     where = os.path.relpath(data.resolve(), run.resolve())
     write_json(spec, {"cell_id": own, "sweep": sweep, "data": where, "config": to_dict(cell)})
 
 
-def _differences(known: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first keys in which two configs differ, for a message."""
+def _differences(known: dict[str, Any], wanted: Cell) -> str:
+    """The first keys that matter in which two configs differ, for a message."""
+    theirs = {name: value for name, value, _ in leaves(from_dict(known))}
+    counting = [row for row in leaves(wanted) if row[2].get("changes_result", True)]
     found = [
-        f"{part}.{name} is {known.get(part, {}).get(name)} there and {value} here"
-        for part, values in wanted.items()
-        for name, value in values.items()
-        if known.get(part, {}).get(name, value) != value
+        f"{name} is {theirs[name]} there and {value} here"
+        for name, value, _ in counting
+        if theirs[name] != value
     ]
-    return f" ({', '.join(found[:3])})" if found else ""
+    if not found:
+        files = [name for name, value, about in counting if value and (about.keys() & {"content", "mixture"})]
+        return f" (what a file holds has changed: {', '.join(files)})"
+    return f" ({', '.join(found[:3])})"
 
 
 @contextmanager
@@ -138,8 +143,7 @@ def load_prepared(run: Path) -> tuple[Cell, Prepared]:
     """
     spec = read_json(run / "spec.json")
     data = run / spec["data"]
-    manifest = read_json(data / "manifest.json")
-    return from_dict(spec["config"]), Prepared(data, manifest)
+    return from_dict(spec["config"]), Prepared(data, load_manifest(data))
 
 
 @dataclass
@@ -155,8 +159,16 @@ class Run:
     progress: Progress
 
 
-def train(cell: Cell, run: Path, prepared: Prepared, progress: Progress) -> None:
+def train(
+    cell: Cell,
+    run: Path,
+    prepared: Prepared,
+    progress: Progress,
+    tell: Callable[[str], None] = lambda line: None,
+) -> None:
     """Train one opened cell to its last step, resuming from its last good checkpoint.
+
+    `tell` is called with what is to be known of the data before the first step.
 
     Raises:
       PreemptedError: a signal asked to stop; the state is saved.
@@ -174,7 +186,19 @@ def train(cell: Cell, run: Path, prepared: Prepared, progress: Progress) -> None
     samples = prepared.samples("train", cell)
     layout, schedule = samples.training()
     check_batch(cell.train.batch_size, mesh, layout.shape.rows)
-    write_json(run / "data.json", samples.describe(layout, schedule))
+    layout_of_rows = samples.describe(layout, schedule)
+    write_json(run / "data.json", layout_of_rows)
+    if layout_of_rows["image_slots_used"] < _FEW and cell.compressor.visual_tokens:
+        share = layout_of_rows["image_slots_used"]
+        tell(
+            f"only {share:.0%} of the image slots are used; with data.packing=pack and data.row_length rows "
+            "share them"
+        )
+    if layout_of_rows["cut"]:
+        tell(
+            f"{layout_of_rows['cut']} conversations are cut at data.row_length={cell.data.row_length}; "
+            f"{layout_of_rows['left_out']} of them have no word of an answer within it and are left out"
+        )
     model = build_model(cell, prepared.tokenizer.get_vocab_size())
     optimizer = make_optimizer(cell.train)
     constants = jax.device_put(prepared.constants(cell), replicated(mesh))
@@ -305,7 +329,8 @@ def _make_heldout(
     def heldout(params: Any) -> float:
         part = {"process": jax.process_index(), "processes": jax.process_count()}
         return mean_loss(
-            lambda batch: sums(params, put(batch)), in_order(samples.source, layout, size, **part)
+            lambda batch: sums(params, put(batch)),
+            in_order(samples.source, layout, size, samples=samples.usable, **part),
         )
 
     return heldout

@@ -17,10 +17,10 @@ from tokenizers import Tokenizer
 
 from vlmscale.compressors import COMPRESSORS
 from vlmscale.config import Cell, DataConfig, identity, parse_mixture
-from vlmscale.content import content_sha256
+from vlmscale.content import TOKENIZER_FILES, content_sha256
 from vlmscale.data import tokenizer as tokenizers
 from vlmscale.data.conversation import Template, make_template
-from vlmscale.data.dataset import Dataset
+from vlmscale.data.dataset import Dataset, read_manifest
 from vlmscale.data.images import preprocess
 from vlmscale.data.lengths import (
     Lengths,
@@ -37,12 +37,13 @@ from vlmscale.data.splits import QUARANTINE, open_splits, prepare_records, quara
 from vlmscale.data.store import open_store
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import TOWERS
-from vlmscale.records import write_json, write_lines
+from vlmscale.records import read_json, write_json, write_lines
 from vlmscale.train.features import FeatureJob, advise, estimate, pictures_of, write_features
 from vlmscale.train.frozen import needed_params, needs_of, tower_path
 from vlmscale.weights import tree
 
 MANIFEST, TOWER = "manifest.json", "tower.safetensors"
+VERSION = 2  # of the directory's layout
 ADVISED_BYTES = 2**30  # a store of tower outputs above it is worth a thought
 Progress = Callable[[str, int, int], None]
 
@@ -72,9 +73,15 @@ class Prepared:
         """The data sets of each split.
 
         Raises:
-          UserError: one has gone.
+          UserError: one has gone, or holds other data now.
         """
-        return open_splits(self.path / directory for directory in self.manifest["data_sets"])
+        places = [(self.path / place, digest) for place, digest in self.manifest["data_sets"]]
+        for place, digest in places:
+            if read_manifest(place)["sha256"] != digest:
+                raise UserError(
+                    f"{place}: holds other data than when {self.path} was made of it; bring that back"
+                )
+        return open_splits(place for place, _ in places)
 
     @property
     def eval_split(self) -> str:
@@ -128,18 +135,22 @@ class Prepared:
             for dataset, pictures in zip(parts, self.pictures(split, cell), strict=True)
         )
         source = sources[0] if len(sources) == 1 else Joined(sources)
-        emptied = sum(
-            int(np.count_nonzero((before.supervised > 0) & (after.supervised == 0)))
-            for before, after in zip(lengths, fitted, strict=True)
-        )
-        return Samples(cell, source, parts, fitted, template, emptied)
+        before, after = concatenate(lengths), concatenate(fitted)
+        cut = int(np.count_nonzero(after.text < before.text))
+        emptied = int(np.count_nonzero((before.supervised > 0) & (after.supervised == 0)))
+        if tokens and before.images.any() and not after.images.any():
+            raise UserError(
+                f"data.row_length={data.row_length}: no picture of {tokens} visual tokens fits; raise it"
+            )
+        return Samples(cell, source, parts, fitted, template, cut, emptied)
 
 
 @dataclass(frozen=True)
 class Samples:
     """The conversations of a split as one cell reads them: cut to its rows, with its pictures.
 
-    `emptied` is how many have nothing to learn from within `data.row_length`, and are left out.
+    `cut` is how many are longer than `data.row_length`, `emptied` how many of these have nothing to learn
+    from within it and are left out.
     """
 
     cell: Cell
@@ -147,6 +158,7 @@ class Samples:
     datasets: list[Dataset]
     by_dataset: list[Lengths]
     template: Template
+    cut: int
     emptied: int
 
     @cached_property
@@ -154,11 +166,26 @@ class Samples:
         """Of all of them."""
         return concatenate(self.by_dataset)
 
+    @cached_property
+    def usable(self) -> np.ndarray:
+        """Numbers of those that have something to learn from.
+
+        Raises:
+          UserError: there is none.
+        """
+        found = np.flatnonzero(self.lengths.supervised)
+        if not len(found):
+            raise UserError(
+                f"data.row_length={self.cell.data.row_length}: no conversation has a word of an answer "
+                f"within it, with {self.cell.compressor.visual_tokens} visual tokens a picture; raise it"
+            )
+        return found
+
     def one_per_row(self) -> Layout:
         """Rows of one conversation each, as those of an evaluation are."""
         method, tokens = COMPRESSORS[self.cell.compressor.name], self.cell.compressor.visual_tokens
         return Layout.one_per_row(
-            self.lengths,
+            Lengths(*(column[self.usable] for column in self.lengths)),
             tokens,
             pad_id=self.template.pad,
             image_id=self.template.image,
@@ -168,7 +195,11 @@ class Samples:
         )
 
     def training(self) -> tuple[Layout, Schedule]:
-        """Static shapes of training batches, and which conversations come when."""
+        """Static shapes of training batches, and which conversations come when.
+
+        Raises:
+          UserError: nothing is left to train on.
+        """
         data, tokens = self.cell.data, self.cell.compressor.visual_tokens
         starts = np.cumsum([0, *map(len, self.datasets)])
         usable = tuple(
@@ -178,7 +209,7 @@ class Samples:
         lengths, layout = self.lengths, self.one_per_row()
         sizes, images = lengths.sizes(tokens), lengths.images if tokens else np.zeros_like(lengths.images)
         if data.packing == "pack":
-            every = np.concatenate(usable)
+            every = self.usable
             slots = choose_images(sizes[every], images[every], data.pack_rows, data.row_length)
             layout = Layout.packed(
                 Shape(data.pack_rows, data.row_length, slots if tokens else 0),
@@ -198,17 +229,19 @@ class Samples:
 
     def describe(self, layout: Layout, schedule: Schedule) -> dict[str, Any]:
         """How the first epoch is laid out, for data.json: shapes, and what of them is real."""
-        plan = schedule(0)
-        used = plan.utilization(schedule.sizes, schedule.images, layout.shape)
+        shape, chosen = layout.shape, schedule.chosen(0)
+        rows = schedule.rows(0)
+        slots = rows // shape.rows * shape.images
         return {
-            "conversations": len(plan.samples),
+            "conversations": len(chosen),
+            "cut": self.cut,
             "left_out": self.emptied,
-            "rows": len(plan.row_offsets) - 1,
-            "row_length": layout.shape.length,
-            "rows_a_block": layout.shape.rows,
-            "image_slots_a_block": layout.shape.images,
-            "positions_used": used.positions,
-            "image_slots_used": used.slots,
+            "rows": rows,
+            "row_length": shape.length,
+            "rows_a_block": shape.rows,
+            "image_slots_a_block": shape.images,
+            "positions_used": float(schedule.sizes[chosen].sum() / (rows * shape.length)),
+            "image_slots_used": float(schedule.images[chosen].sum() / slots) if slots else 1.0,
         }
 
 
@@ -240,7 +273,7 @@ def prepare(
     weights, data = tower_path(first), first.data
     key = _key(first, weights, needs)
     if (out / MANIFEST).exists():
-        manifest = json.loads((out / MANIFEST).read_text())
+        manifest = load_manifest(out)
         if manifest["key"] != key:
             raise UserError(f"{out}: holds other data than this config asks for; choose another --out")
         return Prepared(out, manifest)
@@ -248,6 +281,11 @@ def prepare(
     out.mkdir(parents=True, exist_ok=True)
     directories = prepare_records(data, out / "records", progress)
     splits = open_splits(directories)
+    for (path, weight), dataset in zip(parse_mixture(data.prepared), splits["train"], strict=False):
+        if len(dataset) * weight < 1:
+            raise UserError(
+                f"data.prepared: {path}={weight} shows none of its {len(dataset)} records in an epoch"
+            )
     tokenizer = _tokenizer(data, out, splits["train"])
     template = make_template(data.template, tokenizer, data.tokenization)
     shortened, aside = _measure(out, splits, template, data, progress)
@@ -255,10 +293,14 @@ def prepare(
     # A copy, so that a run stays whole when its source goes away.
     tree.save(out / TOWER, params, {"name": first.tower.name})
     manifest = {
+        "version": VERSION,
         "key": key,
         "summary": summarise(data, directories, Counter(dataset.path for dataset, _ in aside)),
         # The run's own moves with it.
-        "data_sets": ["records" if path == out / "records" else str(path.resolve()) for path in directories],
+        "data_sets": [
+            ("records" if path == out / "records" else str(path.resolve()), read_manifest(path)["sha256"])
+            for path in directories
+        ],
         "template": [data.template, data.tokenization],
         "max_text_tokens": data.max_text_tokens,
         "records": {name: sum(map(len, parts)) - left_out[name] for name, parts in splits.items()},
@@ -280,6 +322,18 @@ def prepare(
     return Prepared(out, manifest)
 
 
+def load_manifest(out: Path) -> dict[str, Any]:
+    """What a finished data directory says of itself.
+
+    Raises:
+      UserError: there is none, or an earlier version made it.
+    """
+    manifest = read_json(out / MANIFEST)
+    if manifest.get("version") != VERSION:
+        raise UserError(f"{out}: was made by an earlier version of vlmscale; train again with another --out")
+    return manifest
+
+
 def _key(cell: Cell, weights: Path, needs: frozenset[str]) -> str:
     """Hash of all that the directory's content depends on."""
     parts = identity(cell.data) | {"needs": sorted(needs), "tower": cell.tower.name}
@@ -290,7 +344,7 @@ def _key(cell: Cell, weights: Path, needs: frozenset[str]) -> str:
 def _tokenizer(data: DataConfig, out: Path, train: list[Dataset]) -> Tokenizer:
     """The run's tokenizer, with its files in the data directory."""
     if data.tokenizer:
-        for name in tokenizers.FILES:
+        for name in TOKENIZER_FILES:
             if (Path(data.tokenizer) / name).is_file():
                 shutil.copyfile(Path(data.tokenizer) / name, out / name)
         return tokenizers.read_tokenizer(out)

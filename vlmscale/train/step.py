@@ -49,6 +49,7 @@ def build_model(cell: Cell, vocab_size: int, layout: str = "scan", visual_tokens
         options=tuple(parse_options(compressor.name, compressor.options).items()),
         tower_size=TOWERS[cell.tower.name],
         largest=compressor.visual_tokens,
+        full_rows=cell.data.row_length > 0,
     )
 
 
@@ -154,7 +155,7 @@ def loss_sum(
     if method.trains_all:
         total = jnp.float32(0)
         for count in counts:
-            shorter, moved = narrow(inputs, places, largest, count, model.block_rows)
+            shorter, moved = narrow(inputs, places, largest, count, model.block_rows, model.full_rows)
             total += _sum(model.clone(visual_tokens=count, largest=largest), params, shorter, moved, batch)
         return total / len(counts), jnp.sum(batch["target_mask"])
     if step is not None:
