@@ -215,6 +215,8 @@ def test_templates_are_those_that_encode() -> None:
         ({"workers": -1}, "data.workers=-1: must not be negative"),
         ({"features": "none"}, "data.features=none: unknown"),
         ({"feature_dtype": "float16"}, "data.feature_dtype=float16: unknown"),
+        ({"feature_dtype": "bfloat16", "features": "computed"}, "is of stored outputs"),
+        ({"template": "v1", "tokenizer": "d", "vocab_size": 999}, "data.vocab_size=999: is that of data.tok"),
     ],
 )
 def test_data_that_cannot_be_is_refused(changes: dict[str, Any], said: str) -> None:
@@ -388,3 +390,15 @@ def test_sweeps_without_or_with_repeated_cells_are_refused(cells: str, said: str
         path.write_text(text)
         with pytest.raises(UserError, match=fault):
             load_sweep(str(path), [])
+
+
+def test_a_tokenizer_counts_by_all_its_files(tmp_path: Path) -> None:
+    ids = []
+    for name, files in (("a", {}), ("b", {"added_tokens.json": "{}"}), ("moved", {})):
+        (tmp_path / name).mkdir()
+        for file, text in ({"tokenizer.json": "{}", "README.md": name} | files).items():
+            (tmp_path / name / file).write_text(text)
+        ids.append(cell_id(changed("data.tokenizer", str(tmp_path / name))))
+    assert ids[0] == ids[2] != ids[1]
+    with pytest.raises(UserError, match=r"data\.tokenizer=.*none: has no tokenizer\.json"):
+        cell_id(changed("data.tokenizer", str(tmp_path / "none")))

@@ -82,6 +82,7 @@ def make_batch(case: Case) -> Batch:
     places = np.stack(
         [rng.choice(np.arange(case.visual_tokens + 4, length - 5), TARGETS, False) for _ in range(ROWS)]
     )
+    places[:, 0] = case.visual_tokens  # the last slot of the image predicts what stands right behind it
     needs = COMPRESSORS[case.name].needs(TOWER, dict(case.options))
     batch: Batch = {
         "tokens": rng.integers(0, VOCAB, (ROWS, length)).astype(np.int32),

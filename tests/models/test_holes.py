@@ -49,7 +49,8 @@ def inputs(features: Features, visual_tokens: int) -> Inputs:
 def test_logits_of_padded_slots_are_those_of_exact_ones(
     name: str, features: Features, random_params: Callable[..., Any]
 ) -> None:
-    behind = np.arange(len(TEXT[1]))[None] + len(TEXT[0])
+    # From the picture's last slot on, where the text right behind it is predicted.
+    behind = np.arange(-1, len(TEXT[1]))[None] + len(TEXT[0])
     wide = inputs(features, CAP)
     params = random_params(model(CAP, name=name), wide, np.tile(behind + CAP, (2, 1)))
     padded = jax.jit(model(CAP, name=name).apply)(params, wide, np.tile(behind + CAP, (2, 1)))
