@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vlmscale.compressors import Features
 from vlmscale.models.sizes import DecoderSize
-from vlmscale.models.vlm import VLM, Inputs, close_gaps, narrow, splice
+from vlmscale.models.vlm import VLM, Inputs, close_gaps, holes_first, narrow, splice
 
 ROWS, LENGTH, VISUAL, WIDTH = 3, 9, 4, 5
 run = jax.jit(lambda text, visual, slots: splice(text, visual, jnp.ones(visual.shape[:2], bool), slots)[0])
@@ -92,8 +92,15 @@ def test_slots_of_several_images_a_row_take_the_tokens_of_their_own() -> None:
     np.testing.assert_array_equal(made[1, 2:6], visual[3])
     assert np.flatnonzero(filled[0]).tolist() == [1, 2, 3, 4, 6, 7]
     np.testing.assert_array_equal(made[0, 9:11], 1)  # what is not valid leaves the slot as it was
-    _, three = splice(text, visual, valid, slots, jnp.int32(3))
-    assert np.flatnonzero(three[1]).tolist() == [2, 3, 4]
+    # What is used of an image stands in its last slots, in order.
+    moved, used = jax.jit(holes_first)(visual, valid, jnp.int32(3))
+    assert used.sum(axis=1).tolist() == [3, 2, 3, 3]
+    assert used[:, -1].all()
+    np.testing.assert_array_equal(moved[0, 1:], visual[0, :3])
+    np.testing.assert_array_equal(moved[1, 2:], visual[1, :2])
+    _, three = splice(text, moved, used, slots)
+    assert np.flatnonzero(three[1]).tolist() == [3, 4, 5]
+    assert np.flatnonzero(three[0]).tolist() == [2, 3, 4, 9, 10]
 
 
 closed_up = jax.jit(close_gaps)

@@ -298,7 +298,7 @@ def prepare(
         "summary": summarise(data, directories, Counter(dataset.path for dataset, _ in aside)),
         # The run's own moves with it.
         "data_sets": [
-            ("records" if path == out / "records" else str(path.resolve()), read_manifest(path)["sha256"])
+            ["records" if path == out / "records" else str(path.resolve()), read_manifest(path)["sha256"]]
             for path in directories
         ],
         "template": [data.template, data.tokenization],
