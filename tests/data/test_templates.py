@@ -290,7 +290,7 @@ def check_answers(template: Template, kind: str, turns: tuple[Turn, ...]) -> Non
 
 @pytest.fixture(scope="module")
 def conversations() -> list[tuple[Turn, ...]]:
-    return hostile(1000)
+    return hostile(2000)
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "bpe"])

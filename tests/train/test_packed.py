@@ -111,9 +111,13 @@ def test_an_epoch_has_the_same_loss_and_gradient_packed_and_not(
     assert targets == same > 100
     assert fewer < steps / 2
     assert also == pytest.approx(loss, rel=1e-6)
-    for mine, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(equal), strict=True):
+    pairs = list(zip(jax.tree.leaves(gradient), jax.tree.leaves(equal), strict=True))
+    norm = np.sqrt(sum(float(np.sum(mine**2)) for mine, _ in pairs))
+    apart = np.sqrt(sum(float(np.sum((mine - theirs) ** 2)) for mine, theirs in pairs))
+    assert norm > 1
+    assert apart <= 1e-6 * norm
+    for mine, theirs in pairs:  # and no single leaf hides in the sum
         np.testing.assert_allclose(theirs, mine, rtol=0, atol=5e-6 * max(np.abs(mine).max(), 1))
-    assert sum(float(np.abs(leaf).sum()) for leaf in jax.tree.leaves(gradient)) > 1
 
 
 def test_pictures_that_are_computed_in_the_step_are_those_that_were_stored(
