@@ -33,7 +33,8 @@ def refused(words: list[str], capsys: Capture, *parts: str) -> None:
     assert out == ""
     error = re.sub(r"^[\w, ]+: \d+/\d+\n", "", error, flags=re.MULTILINE)  # stages that ended
     assert error.count("\n") == 1, error
-    assert error.startswith(f"vlmscale {words[0]}: ")
+    command = " ".join(words[: 2 if words[0] == "data" else 1])
+    assert error.startswith(f"vlmscale {command}: ")
     for part in parts:
         assert part in error
 

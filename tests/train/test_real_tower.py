@@ -30,7 +30,9 @@ from vlmscale.data import scenes
 from vlmscale.data.processor import ImageProcessor, processor_config
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import TOWERS, TowerSize
-from vlmscale.train.prepared import batch_size, load_tower, pixels_of, prepare, tower_path
+from vlmscale.train.features import batch_size
+from vlmscale.train.frozen import load_tower, tower_path
+from vlmscale.train.prepared import pixels_of, prepare
 from vlmscale.weights import export, hf_config, tree
 from vlmscale.weights.directory import abstract_tower
 
