@@ -28,11 +28,12 @@ from vlmscale.compressors.features import tower_features
 from vlmscale.config import Cell, cell_id, load_cell, load_sweep
 from vlmscale.data import scenes
 from vlmscale.data.processor import ImageProcessor, processor_config
+from vlmscale.data.sources import Stored
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import TOWERS, TowerSize
 from vlmscale.train.features import batch_size
 from vlmscale.train.frozen import load_tower, tower_path
-from vlmscale.train.prepared import pixels_of, prepare
+from vlmscale.train.prepared import Prepared, pixels_of, prepare
 from vlmscale.weights import export, hf_config, tree
 from vlmscale.weights.directory import abstract_tower
 
@@ -155,6 +156,13 @@ def refusal(call: Callable[[], Any]) -> str:
     return str(error.value)
 
 
+def stored_features(prepared: Prepared, cell: Cell) -> dict[str, np.ndarray]:
+    """The tower outputs of all test pictures, in the order in which they were drawn."""
+    [reader] = prepared.pictures("test", cell)
+    assert isinstance(reader, Stored)
+    return reader.store.gather(range(len(reader.store)))
+
+
 @pytest.mark.parametrize("name", ROWS)
 def test_features_are_transformers_hidden_states(name: str, towers: dict[str, Path], tmp_path: Path) -> None:
     size, path = ROWS[name], towers[name]
@@ -165,7 +173,7 @@ def test_features_are_transformers_hidden_states(name: str, towers: dict[str, Pa
     with torch.no_grad():
         wanted = make_bare(name)(torch.tensor(pixels.transpose(0, 3, 1, 2)), output_hidden_states=True)
     states = [state.numpy()[:, size.class_tokens :] for state in wanted.hidden_states]
-    stored = prepared.features("test", packer)
+    stored = stored_features(prepared, packer)
     assert stored["selected"].shape == (8, 16, 32)
     np.testing.assert_allclose(stored["selected"], states[size.select_layer], rtol=1e-5, atol=1e-5)
     levels = np.concatenate([states[level] for level in size.levels], axis=-1)
@@ -267,7 +275,7 @@ def test_the_probes_attention_is_that_of_transformers_head(kind: str, tmp_path: 
         hidden = bare.post_layernorm(hidden)
         probe = bare.head.probe.repeat(8, 1, 1)
         wanted = bare.head.attention(probe, hidden, hidden, need_weights=True)[1][:, 0]
-    stored = prepared.features("test", cell)["probe_attention"]
+    stored = stored_features(prepared, cell)["probe_attention"]
     assert stored.shape == (8, size.num_patches)
     np.testing.assert_allclose(stored, wanted, rtol=1e-5, atol=1e-6)
     assert "head" not in load_tower(directory, name)
@@ -302,9 +310,13 @@ def test_a_file_with_the_same_parameters_gives_the_same_features(
     from_directory = prepare([tiny("tiny-clip", towers["tiny-clip"])], tmp_path / "first", nothing)
     file = from_directory.path / "tower.safetensors"
     from_file = prepare([tiny("tiny-clip", file)], tmp_path / "second", nothing)
-    for path in from_directory.path.iterdir():
-        if path.name != "manifest.json":  # it holds the key, and these are other files
-            assert (from_file.path / path.name).read_bytes() == path.read_bytes(), path.name
+    files = [
+        path.relative_to(from_directory.path) for path in from_directory.path.rglob("*") if path.is_file()
+    ]
+    assert any("features" in path.parts for path in files)
+    for path in files:
+        if path != Path("manifest.json"):  # it holds the key, and these are other files
+            assert (from_file.path / path).read_bytes() == (from_directory.path / path).read_bytes(), path
     whole = safetensors.numpy.load_file(file) | {"more": np.zeros(2, np.float32)}
     safetensors.numpy.save_file(whole, file)
     assert "more is unknown" in refusal(lambda: load_tower(file, "tiny-clip"))
