@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from absl import flags
 from ml_collections import config_flags
@@ -33,6 +33,7 @@ _CONTENT_OR_DIRECTORY = _CONTENT | {"directory": True}
 # A field that came later counts only where it says something, so that ids of older cells stay.
 _LATER = {"later": True}
 SHIPPED_TOWERS = ("scenes-48",)
+T = TypeVar("T")
 LEAST_WEIGHT = 0.001  # how often an epoch shows a data set of a mixture
 TEMPLATES = ("toy", "plain", "v1", "chatml", "llama3")  # of conversations, vlmscale/data/templates.py
 
@@ -477,18 +478,7 @@ def load_data(spec: str) -> DataConfig:
       UserError: the file is missing or faulty.
     """
     path, _, argument = spec.partition(":")
-    try:
-        scope = runpy.run_path(str(find_config(path)))
-        if "get_data" not in scope:
-            raise UserError(f"{path}: a data definition defines get_data(arg)")
-        data = scope["get_data"](argument)
-    except UserError:
-        raise
-    except Exception as error:  # as in load_cell
-        raise UserError(f"{path}: {type(error).__name__}: {_one_line(error)}") from error
-    if not isinstance(data, DataConfig):
-        raise UserError(f"{path}: get_data must return a vlmscale.config.DataConfig")
-    return data
+    return _run_file(path, "a data definition", "get_data(arg)", argument, DataConfig)
 
 
 def load_sweep(path: str, overrides: Sequence[str]) -> Sweep:
@@ -497,21 +487,29 @@ def load_sweep(path: str, overrides: Sequence[str]) -> Sweep:
     Raises:
       UserError: file missing or faulty, no cells, or the same cell twice.
     """
-    found = find_config(path)
-    try:
-        scope = runpy.run_path(str(found))
-        if "get_sweep" not in scope:
-            raise UserError(f"{path}: a sweep file defines get_sweep(overrides)")
-        sweep = scope["get_sweep"](overrides)
-    except UserError:
-        raise
-    except Exception as error:  # as in load_cell
-        raise UserError(f"{path}: {type(error).__name__}: {_one_line(error)}") from error
-    if not isinstance(sweep, Sweep):
-        raise UserError(f"{path}: get_sweep must return a vlmscale.config.Sweep, not {type(sweep).__name__}")
+    sweep = _run_file(path, "a sweep file", "get_sweep(overrides)", overrides, Sweep)
     for cell in sweep.cells:
         validate(cell)
     ids = [cell_id(cell) for cell in sweep.cells]
     if not ids or len(set(ids)) < len(ids):
         raise UserError(f"{path}: has {len(ids)} cells, {len(set(ids))} of them distinct")
     return sweep
+
+
+def _run_file(path: str, what: str, signature: str, argument: Any, kind: type[T]) -> T:
+    """What the function of a config file returns: it is a program of the user's, and may raise anything."""
+    found, name = find_config(path), signature.partition("(")[0]
+    try:
+        scope = runpy.run_path(str(found))
+        if name not in scope:
+            raise UserError(f"{path}: {what} defines {signature}")
+        made = scope[name](argument)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {_one_line(error)}") from error
+    if not isinstance(made, kind):
+        raise UserError(
+            f"{path}: {name} must return a vlmscale.config.{kind.__name__}, not {type(made).__name__}"
+        )
+    return made

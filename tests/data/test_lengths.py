@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import vlmscale
-from tests.data.prepared_files import COUNT, make_dataset, toy_template
+from tests.data.prepared_files import COUNT
 from vlmscale.data import lengths as module
 from vlmscale.data.conversation import IMAGE_MARK, Encoded, Template, expand
 from vlmscale.data.dataset import Dataset
@@ -31,16 +31,6 @@ from vlmscale.data.lengths import (
 from vlmscale.errors import UserError
 
 ALL = 10_000  # text tokens; nothing is that long
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_dataset(tmp_path_factory.mktemp("prepared") / "data")
-
-
-@pytest.fixture(scope="module")
-def template() -> Template:
-    return toy_template()
 
 
 def equal(one: Lengths, other: Lengths) -> None:

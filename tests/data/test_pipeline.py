@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 
 import vlmscale
-from tests.data.prepared_files import COUNT, make_dataset, toy_template
+from tests.data.prepared_files import COUNT
 from vlmscale.data.conversation import Template, expand
 from vlmscale.data.dataset import Dataset
 from vlmscale.data.lengths import Lengths, Limits, measure, target_positions
@@ -46,16 +46,6 @@ class Setup(NamedTuple):
     def take(self, steps: int, start: int = 0, **options: Any) -> list[Batch]:
         with batches(*self, BATCH, start, **options) as stream:
             return list(itertools.islice(stream, steps))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_dataset(tmp_path_factory.mktemp("prepared") / "data")
-
-
-@pytest.fixture(scope="module")
-def template() -> Template:
-    return toy_template()
 
 
 @pytest.fixture(scope="module")

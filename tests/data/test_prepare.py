@@ -11,7 +11,7 @@ import subprocess
 import sys
 import zlib
 from collections import namedtuple
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -449,24 +449,13 @@ def test_too_little_room_is_told_before_it_starts(tmp_path: Path, monkeypatch: p
     prepare_dataset([source], folder, tmp_path / "out")
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 3 MB; skips where mounting one is not allowed."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(place)]
-    if os.geteuid() != 0 or subprocess.run(words, capture_output=True, check=False).returncode:
-        pytest.skip("a small disk cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk_is_one_line_and_finished_shards_are_kept(
-    workers: int, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workers: int, mount: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Room goes away after it was checked; with room again, only what is missing is done."""
     source, folder = many(60, tmp_path)
+    small_disk = mount("3m")
     out = small_disk / "out"
     monkeypatch.setattr(prepare.shutil, "disk_usage", lambda path: Usage(0, 0, 2**40))
     (small_disk / "filler").write_bytes(b"x" * 2_200_000)

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.data.prepared_files import COUNT, conversation, make_dataset, toy_template
+from tests.data.prepared_files import COUNT, conversation
 from vlmscale.data.conversation import IMAGE_MARK, Template
 from vlmscale.data.dataset import Dataset
 from vlmscale.data.images import decode_image, tower_pixels
@@ -22,16 +22,6 @@ from vlmscale.errors import UserError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.5, 0.5, 0.5)
 ALL = Limits(1000)
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return make_dataset(tmp_path_factory.mktemp("prepared") / "data")
-
-
-@pytest.fixture(scope="module")
-def template() -> Template:
-    return toy_template()
 
 
 @pytest.mark.parametrize("mode", ["resize", "pad", "crop"])

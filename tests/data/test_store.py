@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import pickle
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -201,28 +199,6 @@ def test_wrong_arrays_are_refused(tmp_path: Path) -> None:
             writer.append(data | {"mean_attention": data["mean_attention"].astype(float)})
         with pytest.raises(ValueError, match="mean_attention is float32 \\[1, 5\\]"):
             writer.append(data | {"mean_attention": data["mean_attention"][:1]})
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """A function that mounts a small disk; skips where that is not allowed."""
-    mounted: list[Path] = []
-
-    def make(size: str) -> Path:
-        if os.geteuid() != 0:
-            pytest.skip("mounting a small disk needs root")
-        place = tmp_path / f"disk{len(mounted)}"
-        place.mkdir()
-        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(place)
-        return place
-
-    yield make
-    for place in mounted:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_a_full_disk_keeps_finished_shards(mount: Callable[[str], Path], tmp_path: Path) -> None:

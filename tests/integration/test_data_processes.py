@@ -5,22 +5,16 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import pickle
 import random
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
 from tests.data.prepared_files import make_dataset, toy_template
+from tests.integration.processes import at_work, free_port, told
 from tests.integration.tiny import wait_for
 from vlmscale.data.lengths import Limits, measure
 from vlmscale.data.packing import Shape, one_per_row, plan
@@ -29,7 +23,6 @@ from vlmscale.data.sources import DatasetSource, Pixels, Source
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 90  # for all processes together
 COUNT, V, SIDE, STEPS = 50, 3, 6, 5
 DEVICES = 4  # of a process
@@ -95,7 +88,6 @@ Path(out).write_text(json.dumps({"devices": jax.device_count(), "found": found})
 jax.distributed.shutdown()
 """
 
-Child = tuple[subprocess.Popen[bytes], Path]  # with the file of its outputs
 Found = list[dict[str, Any]]  # of each process, by packing
 
 
@@ -135,46 +127,6 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Asked]:
     return {name: Asked(setup, BATCH, draw.randrange(1, 12), STEPS) for name, setup in setups.items()}
 
 
-@contextmanager
-def at_work(words: list[list[str]], folder: Path) -> Iterator[list[Child]]:
-    """One process for each list of words; none outlives the block, and their workers end with them."""
-    children: list[Child] = []
-    try:
-        for number, own in enumerate(words):
-            log = folder / f"{number}.log"
-            with log.open("wb") as outputs:  # no pipe, which a child could fill while nobody reads
-                child = subprocess.Popen(
-                    [sys.executable, "-c", CHILD, *own],
-                    stdout=outputs,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                    cwd=ROOT,
-                )
-            children.append((child, log))
-        yield children
-    finally:
-        for child, _ in children:
-            child.kill()  # nothing happens to one that has ended
-            child.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def told(children: list[Child]) -> str:
-    """How the processes ended, and the end of what they printed, without gloo's greetings."""
-    parts = []
-    for number, (child, log) in enumerate(children):
-        kept = [line for line in log.read_text(errors="replace").splitlines() if "[Gloo]" not in line]
-        code = child.returncode
-        ended = "was still at work" if code is None else f"ended with {code}"
-        parts.append("\n".join([f"process {number} {ended}:", *kept[-40:]]))
-    return "\n\n".join(parts)
-
-
 @pytest.fixture(scope="module", params=PROCESSES)
 def found(
     request: pytest.FixtureRequest, asked: dict[str, Asked], tmp_path_factory: pytest.TempPathFactory
@@ -189,7 +141,7 @@ def found(
         [where, str(number), str(count), str(folder / "asked"), str(out), str(DEVICES)]
         for number, out in enumerate(outs)
     ]
-    with at_work(words, folder) as children:
+    with at_work(CHILD, words, folder) as children:
 
         def over() -> bool:
             """All have ended, or one has failed: the others would wait for it in vain."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,28 +14,6 @@ from vlmscale.cli import main
 from vlmscale.errors import disk_fault
 
 Mount = Callable[[str], Path]
-
-
-@pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Mount]:
-    """A function that mounts a small disk; skips where that is not allowed."""
-    mounted: list[Path] = []
-
-    def make(size: str) -> Path:
-        if os.geteuid() != 0:
-            pytest.skip("mounting a small disk needs root")
-        place = tmp_path / f"disk{len(mounted)}"
-        place.mkdir()
-        words = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-        if done.returncode:
-            pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(place)
-        return place
-
-    yield make
-    for place in mounted:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def check(code: int, error: str, place: Path) -> None:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.integration.processes import at_work, free_port, told
 from tests.integration.tiny import picture, wait_for
 from tests.pretrained import one_device, save_decoder, save_llava, tensors_of
 from vlmscale.evaluate.pretrained import answer, open_pretrained
@@ -23,7 +18,6 @@ from vlmscale.weights import tables
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 180  # for both processes together
 NEW = 8
 TABLES = {"llama-grouped-tied": tables.DECODER, "clip-llama": tables.llava("clip")}
@@ -88,48 +82,7 @@ jax.distributed.shutdown()
 """
 
 Asked = dict[str, tuple[str, list[str], list[str | None]]]  # directory, prompts and pictures by name
-Child = tuple[subprocess.Popen[bytes], Path]  # with the file of its outputs
 Found = list[dict[str, Any]]  # of each process, by name
-
-
-@contextmanager
-def two_processes(words: list[list[str]], folder: Path) -> Iterator[list[Child]]:
-    """Both at work; neither outlives the block."""
-    children: list[Child] = []
-    try:
-        for number, own in enumerate(words):
-            log = folder / f"{number}.log"
-            with log.open("wb") as outputs:  # no pipe, which a child could fill while nobody reads
-                child = subprocess.Popen(
-                    [sys.executable, "-c", CHILD, *own],
-                    stdout=outputs,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                    cwd=ROOT,
-                )
-            children.append((child, log))
-        yield children
-    finally:
-        for child, _ in children:
-            child.kill()  # nothing happens to one that has ended
-            child.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def told(children: list[Child]) -> str:
-    """How the processes ended, and the end of what they printed, without gloo's greetings."""
-    parts = []
-    for number, (child, log) in enumerate(children):
-        kept = [line for line in log.read_text(errors="replace").splitlines() if "[Gloo]" not in line]
-        code = child.returncode
-        ended = "was still at work" if code is None else f"ended with {code}"
-        parts.append("\n".join([f"process {number} {ended}:", *kept[-40:]]))
-    return "\n\n".join(parts)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +106,7 @@ def found(asked: Asked, tmp_path_factory: pytest.TempPathFactory) -> Found:
     outs = [folder / f"{number}.json" for number in range(2)]
     where = f"127.0.0.1:{free_port()}"
     words = [[where, str(number), str(out), str(NEW), json.dumps(asked)] for number, out in enumerate(outs)]
-    with two_processes(words, folder) as children:
+    with at_work(CHILD, words, folder) as children:
 
         def over() -> bool:
             """All have ended, or one has failed: the other would wait for it in vain."""

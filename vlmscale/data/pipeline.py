@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -45,6 +45,14 @@ _BY_ROW = (
 )
 _BUFFERED = 2  # batches that wait, of each worker
 _KNOWN = 3  # epochs whose plan is kept in memory
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """Plans whose rows can be counted before they are made."""
+
+    def rows(self, epoch: int) -> int | None:
+        """Rows of an epoch, each a block of its own; None where only the plan tells."""
 
 
 @dataclass(frozen=True)
@@ -430,10 +438,8 @@ class _Plans:
 
     def _blocks(self, epoch: int) -> int:
         """Blocks of an epoch, without its plan where that can be: a resume passes all epochs before."""
-        rows = getattr(self.plan_of, "rows", None)
-        if rows is None or getattr(self.plan_of, "packing", "pack") == "pack":
-            return self._epoch(epoch).blocks
-        return int(rows(epoch))  # in blocks of one
+        rows = self.plan_of.rows(epoch) if isinstance(self.plan_of, Counted) else None
+        return self._epoch(epoch).blocks if rows is None else rows  # in blocks of one
 
     def _epoch(self, epoch: int) -> Plan:
         known = self._known.get(epoch)  # without the lock: another epoch may be in the making

@@ -59,10 +59,10 @@ class Schedule:
             order = one_per_row(len(chosen), self.seed, epoch).samples
         return Plan(chosen[order], ends, 1)
 
-    def rows(self, epoch: int) -> int:
-        """How many rows the plan of an epoch has; only packing must make it to know."""
+    def rows(self, epoch: int) -> int | None:
+        """How many rows the plan of an epoch has; None where it must be made to know."""
         if self.packing == "pack":
-            return len(self(epoch).row_offsets) - 1
+            return None
         count = len(self.chosen(epoch))
         return count if self.packing == "none" else -(-count // self.batch_size) * self.batch_size
 

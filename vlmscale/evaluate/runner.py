@@ -123,7 +123,7 @@ def answer_items(
     generate = make_generate(model, cell.evaluate.max_new_tokens, template.stop_ids)
     queries = embed_queries(run, model, [first_question(item) for item in items])
     size = min(cell.evaluate.batch_size, len(items))
-    slots = max(1, *(item.images for item in items))  # for pictures, of every row
+    slots = max(1, max(item.images for item in items))  # for pictures, of every row
     length = max(text_tokens(prompt) + prompt.count(IMAGE_MARK) * visual_tokens for prompt in prompts)
     answers: list[Said] = []
     for start in range(0, len(items), size):

@@ -22,13 +22,7 @@ from vlmscale.data import tokenizer as tokenizers
 from vlmscale.data.conversation import Template, make_template
 from vlmscale.data.dataset import Dataset, read_manifest
 from vlmscale.data.images import preprocess
-from vlmscale.data.lengths import (
-    Lengths,
-    Limits,
-    concatenate,
-    lengths_of,
-    shorten,
-)
+from vlmscale.data.lengths import Lengths, Limits, concatenate, lengths_of, shorten
 from vlmscale.data.packing import Shape, choose_images
 from vlmscale.data.pipeline import Layout
 from vlmscale.data.schedule import Schedule
@@ -181,11 +175,15 @@ class Samples:
             )
         return found
 
+    def _used(self) -> Lengths:
+        """Of those that are usable: others must not set the size of every batch."""
+        return Lengths(*(column[self.usable] for column in self.lengths))
+
     def one_per_row(self) -> Layout:
         """Rows of one conversation each, as those of an evaluation are."""
         method, tokens = COMPRESSORS[self.cell.compressor.name], self.cell.compressor.visual_tokens
         return Layout.one_per_row(
-            Lengths(*(column[self.usable] for column in self.lengths)),
+            self._used(),
             tokens,
             pad_id=self.template.pad,
             image_id=self.template.image,
@@ -213,7 +211,7 @@ class Samples:
             slots = choose_images(sizes[every], images[every], data.pack_rows, data.row_length)
             layout = Layout.packed(
                 Shape(data.pack_rows, data.row_length, slots if tokens else 0),
-                lengths,
+                self._used(),
                 tokens,
                 pad_id=layout.pad_id,
                 image_id=layout.image_id,
@@ -230,7 +228,7 @@ class Samples:
     def describe(self, layout: Layout, schedule: Schedule) -> dict[str, Any]:
         """How the first epoch is laid out, for data.json: shapes, and what of them is real."""
         shape, chosen = layout.shape, schedule.chosen(0)
-        rows = schedule.rows(0)
+        rows = schedule.rows(0) or len(schedule(0).row_offsets) - 1
         slots = rows // shape.rows * shape.images
         return {
             "conversations": len(chosen),
