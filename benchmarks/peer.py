@@ -58,19 +58,46 @@ def both_towers(size: TowerSize, dtype: str, device: str) -> tuple[torch.nn.Modu
     return _both(getattr(transformers, name), kind(**config), dtype, device)
 
 
-def _both(model: Any, config: Any, dtype: str, device: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+def both_llavas(
+    decoder: DecoderSize, tower: TowerSize, image_id: int, dtype: str, device: str
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A random LLaVA of theirs with LLaVA-1.5's projector, and its parameters as ours, to train: in "scan".
+
+    Its tower ends at the layer that the projector reads, so that it computes none for nothing.
+    """
+    vision, text = tower_config(tower, tower.select_layer), decoder_config(decoder, decoder.vocab_size)
+    style, family = (part["architectures"][0] for part in (vision, text))
+    config = transformers.LlavaConfig(
+        vision_config=getattr(transformers, style.replace("Model", "Config"))(**vision),
+        text_config=getattr(transformers, family.replace("ForCausalLM", "Config"))(**text),
+        image_token_index=image_id,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default" if tower.class_tokens else "full",
+        tie_word_embeddings=decoder.tied_embeddings,
+    )
+    return _both(transformers.LlavaForConditionalGeneration, config, dtype, device, "scan")
+
+
+def _both(
+    model: Any, config: Any, dtype: str, device: str, layout: str = "loop"
+) -> tuple[torch.nn.Module, dict[str, Any]]:
     jax_dtype, torch_dtype = DTYPES[dtype]
     torch.manual_seed(0)
     theirs = model(config).to(torch_dtype).eval()
     with tempfile.TemporaryDirectory() as directory:
         theirs.save_pretrained(directory)
         mesh = make_mesh(devices=jax.devices()[:1])
-        _, ours, _ = load_directory(Path(directory), mesh, jax_dtype, whole_tower=True)
+        _, ours, _ = load_directory(Path(directory), mesh, jax_dtype, layout, whole_tower=True)
     return theirs.to(device), ours
 
 
 def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each, run one after the other in rounds, after one round that is not counted."""
+    return {name: statistics.median(values) for name, values in rounds(runs, repeats).items()}
+
+
+def rounds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """As `in_turn`, but the seconds of every round that counts."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(repeats + 1):
         for name, run in runs.items():
@@ -78,7 +105,7 @@ def in_turn(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
             run()
             if number:
                 times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def torch_done(device: str) -> None:

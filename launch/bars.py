@@ -8,7 +8,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-from launch.state import CellDirectory, steps_done
+from launch.cohorts import Cohort
 
 _LINE_EVERY_S = 60.0
 
@@ -16,9 +16,11 @@ _LINE_EVERY_S = 60.0
 class Bars:
     """Context manager that shows what `update` and `finished` tell it."""
 
-    def __init__(self, cells: list[CellDirectory]) -> None:
-        self.cells = {cell.id: cell for cell in cells}
-        self.total = sum(cell.work for cell in cells)
+    def __init__(self, cohorts: list[Cohort]) -> None:
+        self.cohorts = {cohort.id: cohort for cohort in cohorts}
+        self.cells = [cell for cohort in cohorts for cell in cohort.cells]
+        self.work = {cohort.id: cohort.work for cohort in cohorts}
+        self.total = sum(self.work.values())
         self.terminal = sys.stderr.isatty()
         self.begun = time.monotonic()
         self.at_start = self._work_done()
@@ -36,11 +38,11 @@ class Bars:
         for bar in (*self.inner.values(), self.outer):
             bar.close()
 
-    def update(self, running: list[tuple[CellDirectory, int]]) -> None:
-        """Redraw; `running` are the live cells with their steps."""
+    def update(self, running: list[Cohort]) -> None:
+        """Redraw; `running` are the live cohorts."""
         done = self._work_done()
         left = self._time_left(done)
-        count = sum(cell.finished for cell in self.cells.values())
+        count = sum(cell.finished for cell in self.cells)
         if not self.terminal:
             if time.monotonic() - self.said >= _LINE_EVERY_S:
                 self.said = time.monotonic()
@@ -52,35 +54,35 @@ class Bars:
         self.outer.n = round(100 * done / self.total, 1)
         self.outer.set_description_str(f"sweep {count}/{len(self.cells)} cells", refresh=False)
         self.outer.set_postfix_str(left)
-        alive = {cell.id for cell, _ in running}
+        alive = {cohort.id for cohort in running}
         for name in [name for name in self.inner if name not in alive]:
             self.inner.pop(name).close()
-        for cell, step in running:
-            if cell.id not in self.inner:
+        for cohort in running:
+            if cohort.id not in self.inner:
                 used = {bar.pos for bar in self.inner.values()}
                 position = next(i for i in range(1, len(used) + 2) if -i not in used)
-                self.inner[cell.id] = tqdm(
-                    total=cell.cell.train.steps,
-                    desc=f"  {cell.label:16}",
+                self.inner[cohort.id] = tqdm(
+                    total=cohort.steps,
+                    desc=f"  {cohort.label:16}",
                     unit="step",
                     position=position,
                     leave=False,
                 )
-            self.inner[cell.id].n = step
-            self.inner[cell.id].refresh()
+            self.inner[cohort.id].n = cohort.done
+            self.inner[cohort.id].refresh()
 
-    def finished(self, cell: CellDirectory, code: int) -> None:
-        """Say that a cell's process has ended."""
+    def finished(self, cohort: Cohort, code: int) -> None:
+        """Say that a cohort's process has ended."""
         if not self.terminal:
             words = {0: "done", 42: "saved, to be run again"}.get(code, f"failed (exit {code})")
-            print(f"{cell.label} ({cell.id}): {words}", file=sys.stderr)
+            print(f"{cohort.label} ({cohort.id}): {words}", file=sys.stderr)
 
     def _work_done(self) -> float:
         share = {
-            name: 1.0 if cell.finished else 0.95 * steps_done(cell) / cell.cell.train.steps
-            for name, cell in self.cells.items()
+            name: 1.0 if cohort.finished else 0.95 * cohort.done / cohort.steps
+            for name, cohort in self.cohorts.items()
         }
-        return sum(share[name] * cell.work for name, cell in self.cells.items())
+        return sum(share[name] * work for name, work in self.work.items())
 
     def _time_left(self, done: float) -> str:
         gained = done - self.at_start

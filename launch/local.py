@@ -1,4 +1,4 @@
-"""Run a sweep on this machine: one process a cell, each on a core of its own, as many as there are cores."""
+"""Run a sweep on this machine: one process a cohort, each on a core of its own, on all cores."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from launch.bars import Bars
-from launch.state import CellDirectory, steps_done
+from launch.cohorts import Cohort
 from vlmscale.errors import EXIT_USER
-from vlmscale.records import Status
+from vlmscale.records import Status, make_directory
 
 _POLL_S = 0.25
 _MAX_ATTEMPTS = 3
@@ -22,9 +22,9 @@ _MAX_ATTEMPTS = 3
 
 @dataclass
 class Running:
-    """A cell whose process is alive."""
+    """A cohort whose process is alive."""
 
-    cell: CellDirectory
+    cohort: Cohort
     process: subprocess.Popen
     core: int | None
 
@@ -36,23 +36,22 @@ def cores() -> list[int] | list[None]:
     return [None] * max(1, (os.cpu_count() or 1) // 2)
 
 
-def run_cells(cells: list[CellDirectory], workers: int | None) -> tuple[list[CellDirectory], bool]:
-    """Run all unfinished cells, the longest first.
+def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
+    """Run all unfinished cohorts, the longest first; what became of each cell says its status.
 
     Args:
-      cells: the whole sweep, finished cells included.
+      cohorts: the whole sweep, finished ones included.
       workers: processes at a time; None for one a core.
 
     Returns:
-      The cells that failed, and whether a signal stopped the sweep.
+      Whether a signal stopped the sweep.
     """
     free: list[int | None] = [*cores()][: workers or None]
-    waiting = sorted((c for c in cells if not c.finished), key=lambda c: -c.work)
+    waiting = sorted((c for c in cohorts if not c.finished), key=lambda c: -c.work)
     attempts: dict[str, int] = {}
     running: list[Running] = []
-    failed: list[CellDirectory] = []
     told = False
-    with _signals() as stopped, Bars(cells) as bars:
+    with _signals() as stopped, Bars(cohorts) as bars:
         while running or (waiting and not stopped):
             while waiting and free and not stopped:
                 running.append(_start(waiting.pop(0), free.pop(0)))
@@ -64,32 +63,35 @@ def run_cells(cells: list[CellDirectory], workers: int | None) -> tuple[list[Cel
             for item in [item for item in running if item.process.poll() is not None]:
                 running.remove(item)
                 free.append(item.core)
-                attempts[item.cell.id] = attempts.get(item.cell.id, 0) + 1
+                attempts[item.cohort.id] = attempts.get(item.cohort.id, 0) + 1
                 if stopped:
                     continue
-                if _again(item, attempts[item.cell.id]):
-                    waiting.append(item.cell)
-                elif item.process.returncode:
-                    failed.append(item.cell)
-                bars.finished(item.cell, item.process.returncode)
-            bars.update([(item.cell, steps_done(item.cell)) for item in running])
-    return failed, bool(stopped)
+                if _again(item, attempts[item.cohort.id]):
+                    waiting.append(item.cohort)
+                bars.finished(item.cohort, item.process.returncode)
+            bars.update([item.cohort for item in running])
+    return bool(stopped)
 
 
 def _again(item: Running, attempts: int) -> bool:
     code = item.process.returncode
     if code < 0:  # killed: the process could not write this itself
-        Status(item.cell.path).update(state="failed", last_error=f"killed by signal {-code}")
+        for cell in item.cohort.cells:
+            if not cell.finished and not cell.left_behind:
+                Status(cell.path).update(state="failed", last_error=f"killed by signal {-code}")
     return code not in (0, EXIT_USER) and attempts < _MAX_ATTEMPTS
 
 
-def _start(cell: CellDirectory, core: int | None) -> Running:
-    log = (cell.path / "log.txt").open("a")
+def _start(cohort: Cohort, core: int | None) -> Running:
+    make_directory(cohort.path)
+    log = (cohort.path / "log.txt").open("a")
     environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
 
-    place = [] if core is None else [str(core)]
+    place = [] if core is None else ["--core", str(core)]
+    cells = [str(cell.path) for cell in cohort.cells]
+    words = [str(cohort.path), "--parent", str(os.getpid()), *place, "--cells", *cells]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "launch.worker", str(cell.path), str(os.getpid()), *place],
+        [sys.executable, "-P", "-m", "launch.worker", *words],
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
@@ -97,7 +99,7 @@ def _start(cell: CellDirectory, core: int | None) -> Running:
         start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
     )
     log.close()
-    return Running(cell, process, core)
+    return Running(cohort, process, core)
 
 
 @contextmanager

@@ -42,6 +42,11 @@ class CellDirectory:
         return Status(self.path).read()["state"] == "done"
 
     @property
+    def left_behind(self) -> bool:
+        """Its numbers stopped being finite, and the other cells of its cohort went on without it."""
+        return Status(self.path).read().get("failed_at") is not None
+
+    @property
     def work(self) -> float:
         """Predicted training FLOPs and start-up, in arbitrary units: for ordering and time left."""
         sample = sample_flops(self.cell, self.cell.data.vocab_size, _TYPICAL)
@@ -62,10 +67,8 @@ def open_sweep(sweep: Sweep, out: Path) -> list[CellDirectory]:
     if known["cells"] != ids:
         if any((out / "cells" / name / "spec.json").exists() for name in known["cells"]):
             raise UserError(f"{out}: holds sweep {known['name']} with other cells; choose another --out")
-        cohorts = [[cell] for cell in ids]
-        write_json(
-            path, {"name": sweep.name, "cells": ids, "cohorts": cohorts, "vlmscale_version": __version__}
-        )
+        # Cohorts are planned when the data is there.
+        write_json(path, {"name": sweep.name, "cells": ids, "cohorts": [], "vlmscale_version": __version__})
     return cells
 
 

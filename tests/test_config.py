@@ -12,22 +12,11 @@ from typing import Any
 import pytest
 
 from vlmscale.compressors import COMPRESSORS
-from vlmscale.config import (
-    TEMPLATES,
-    Cell,
-    cell_id,
-    evaluable_counts,
-    find_config,
-    from_dict,
-    leaves,
-    load_cell,
-    load_sweep,
-    parse_mixture,
-    to_dict,
-    validate,
-)
+from vlmscale.config import TEMPLATES, Cell, cell_id, from_dict, leaves, parse_mixture, to_dict
 from vlmscale.data import templates
 from vlmscale.errors import UserError
+from vlmscale.loading import find_config, load_cell, load_sweep
+from vlmscale.validation import evaluable_counts, validate
 
 TINY = "configs/scenes_tiny.py"
 # Fields that a result does not depend on; everything else is part of a cell's identity.

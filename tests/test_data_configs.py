@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from vlmscale.config import Cell, DataConfig, LLMConfig, find_config, validate
+from vlmscale.config import Cell, DataConfig, LLMConfig
+from vlmscale.loading import find_config
+from vlmscale.validation import validate
 
 ROOT = Path(__file__).resolve().parent.parent / "configs" / "data"
 STAGES = {

@@ -19,10 +19,10 @@ from tests.pretrained import save_llava
 from vlmscale.cli import main
 from vlmscale.compressors import COMPRESSORS, Features, Method, check_count, make_compressor
 from vlmscale.compressors.grid import square_divisors
-from vlmscale.config import validate
 from vlmscale.data.prepare import write_dataset
 from vlmscale.data.records import Record, Turn
 from vlmscale.errors import UserError
+from vlmscale.validation import validate
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -76,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="sweep directory (default runs/demo)"
     )
-    demo.set_defaults(sweep="configs/sweeps/demo.py", workers=None, takes_config=True)
+    demo.set_defaults(sweep="configs/sweeps/demo.py", workers=None, memory=None, takes_config=True)
 
     train = add_command(
         commands,
@@ -91,6 +92,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument(
         "--out", type=Path, required=True, help="run directory; an unfinished run in it is resumed"
+    )
+    train.add_argument(
+        "--distributed",
+        default="",
+        metavar="auto | HOST:PORT,COUNT,INDEX",
+        help="one of several processes: as Slurm or a TPU pod says, or by the coordinator's address",
     )
     train.set_defaults(takes_config=True)
 
@@ -196,6 +203,12 @@ def _add_sweep(commands: Any) -> None:
     run.add_argument("sweep", metavar="SWEEP", help="file with get_sweep(overrides)")
     run.add_argument("--out", type=Path, required=True)
     run.add_argument("--workers", type=int, default=None, help="processes at a time (default: one a core)")
+    run.add_argument(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="what a process may take, for planning cohorts (default: an equal share of what is free)",
+    )
     run.set_defaults(takes_config=True)
     status = add_command(
         sweep, "status", _sweep_status, "the state of every cell", "vlmscale sweep status DIR"
@@ -225,9 +238,9 @@ def _report(results: Path) -> None:
 
 
 def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from launch.local import run_cells
+    from launch.local import cores, run_cohorts
     from launch.state import collect, open_sweep
-    from vlmscale.config import load_sweep
+    from vlmscale.loading import load_sweep
     from vlmscale.records import Status
 
     if arguments.workers is not None and arguments.workers < 1:
@@ -239,20 +252,24 @@ def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"all {len(cells)} cells are done: {results}")
         _report(results)
         return 0
-    from vlmscale.train.loop import open_run
+    from launch.cohorts import fix_cohorts
     from vlmscale.train.prepared import prepare
+    from vlmscale.train.run import open_run
 
     prepared = prepare([cell.cell for cell in cells], arguments.out / "data", progress_bar(), tell)
     print(prepared.manifest["summary"], file=sys.stderr)
-    for cell in cells:
-        open_run(cell.cell, cell.path, prepared.path, sweep.name)
-    failed, stopped = run_cells(cells, arguments.workers)
-    for cell in failed:
-        reason = Status(cell.path).read()["last_error"] or "it ended without a word"
-        print(f"{cell.label} ({cell.id}) failed: {reason} (see {cell.path / 'log.txt'})", file=sys.stderr)
-    if stopped:
+    memory = None if arguments.memory is None else arguments.memory * 2**30
+    cohorts = fix_cohorts(cells, arguments.out, prepared, arguments.workers or len(cores()), memory)
+    for cohort in cohorts:
+        for cell in cohort.cells:
+            open_run(cell.cell, cell.path, prepared.path, sweep.name, cohort.id)
+    if run_cohorts(cohorts, arguments.workers):
         print("stopped; every cell is saved, run again to go on", file=sys.stderr)
         return EXIT_AGAIN
+    failed = [(cohort, cell) for cohort in cohorts for cell in cohort.cells if not cell.finished]
+    for cohort, cell in failed:
+        reason = Status(cell.path).read()["last_error"] or "it ended without a word"
+        print(f"{cell.label} ({cell.id}) failed: {reason} (see {cohort.path / 'log.txt'})", file=sys.stderr)
     results = collect(cells, arguments.out)
     print(f"results: {results}")
     if failed:
@@ -293,41 +310,53 @@ def _sweep_status(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from vlmscale.config import load_cell
+    from vlmscale.distributed import agree, leader, start, wait_for_leader
+    from vlmscale.loading import load_cell
     from vlmscale.records import Status
-    from vlmscale.train.loop import PreemptedError, exclusive, open_run, train
-    from vlmscale.train.prepared import prepare
+    from vlmscale.train.cohort import Member
+    from vlmscale.train.loop import PreemptedError, train
+    from vlmscale.train.prepared import MANIFEST, Prepared, load_manifest, prepare
+    from vlmscale.train.run import exclusive, keep_programs, open_run
 
     cell, run = load_cell(arguments.config, overrides), arguments.out
-    open_run(cell, run, run / "data", "")
-    prepared = prepare([cell], run / "data", progress_bar(), tell)
-    if (run / "done.json").exists():
+    keep_programs()
+    start(arguments.distributed)
+    data = run / "data"
+    if leader():
+        open_run(cell, run, data, "")
+        prepared = prepare([cell], data, progress_bar(), tell)
+    else:
+        wait_for_leader(data / MANIFEST)
+        prepared = Prepared(data, load_manifest(data))
+    if agree(int((run / "done.json").exists())):
         print(f"{run}: already trained")
         return 0
-    print(prepared.manifest["summary"], file=sys.stderr)
-    if prepared.manifest["quarantined"]:
-        print(f"set aside and why: {prepared.path / 'quarantine.jsonl'}", file=sys.stderr)
+    if leader():
+        print(prepared.manifest["summary"], file=sys.stderr)
+        if prepared.manifest["quarantined"]:
+            print(f"set aside and why: {prepared.path / 'quarantine.jsonl'}", file=sys.stderr)
     bar = progress_bar()
+
+    def show(step: int, steps: int, text: str) -> None:
+        if leader():
+            bar(f"training, {text}", step, steps)
+
     try:
-        with exclusive(run, wait=False):
-            train(
-                cell,
-                run,
-                prepared,
-                lambda step, steps, loss: bar(f"training, loss {loss:.3f}", step, steps),
-                tell,
-            )
+        with exclusive(run, wait=False) if leader() else contextlib.nullcontext():
+            train([Member(cell, run)], run, prepared, show, tell if leader() else lambda line: None)
     except PreemptedError as error:
         print(error, file=sys.stderr)
         return EXIT_AGAIN
     except (FloatingPointError, UserError) as error:
-        Status(run).update(state="failed", last_error=str(error))
+        if leader():
+            Status(run).update(state="failed", last_error=str(error))
         if isinstance(error, UserError):
             raise
         print(f"vlmscale train: {error}", file=sys.stderr)
         return 1
-    Status(run).update(state="trained")
-    print(f"trained: {run} ({cell.train.steps} steps); next: vlmscale evaluate --run {run}")
+    if leader():
+        Status(run).update(state="trained")
+        print(f"trained: {run} ({cell.train.steps} steps); next: vlmscale evaluate --run {run}")
     return 0
 
 

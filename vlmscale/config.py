@@ -1,28 +1,20 @@
-"""The typed configuration of one cell: fields, loading with overrides, validation, stable ids.
+"""The typed configuration of one cell: its fields, and the stable id that tells its results apart.
 
-A config file is Python with `get_config(arg: str) -> Cell`. It is loaded through ml_collections, so
-`--config FILE[:ARG] --config.train.steps=10` works from any command.
+`loading.py` reads it from files, `validation.py` refuses what cannot run.
 """
 
 import dataclasses
-import difflib
 import hashlib
 import json
 import math
-import runpy
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
-
-from vlmscale.compressors import COMPRESSORS, check_count, parse_options, spoken
-from vlmscale.content import content_sha256, manifest_sha256, tokenizer_sha256
+from vlmscale.compressors import parse_options
+from vlmscale.content import content_sha256, manifest_sha256, tokenizer_sha256, trained_sha256
 from vlmscale.errors import UserError
-from vlmscale.models.sizes import SIZES, TOWERS
 
 # A field with this metadata does not change any number of the result, so it is no part of the cell id.
 _BYSTANDER = {"changes_result": False}
@@ -32,15 +24,13 @@ _CONTENT = {"content": True}
 _CONTENT_OR_DIRECTORY = _CONTENT | {"directory": True}
 # A field that came later counts only where it says something, so that ids of older cells stay.
 _LATER = {"later": True}
-SHIPPED_TOWERS = ("scenes-48",)
-T = TypeVar("T")
 LEAST_WEIGHT = 0.001  # how often an epoch shows a data set of a mixture
 TEMPLATES = ("toy", "plain", "v1", "chatml", "llama3")  # of conversations, vlmscale/data/templates.py
 
 
 @dataclass
 class TowerConfig:
-    """The frozen vision tower."""
+    """The vision tower, frozen unless `train.tower_rate` is above 0."""
 
     name: str = "scenes-48"
     # "shipped" is the demo's tower of the package; anything else is a safetensors file such as
@@ -65,6 +55,8 @@ class LLMConfig:
     """The decoder, by its name in the size table."""
 
     name: str = "toy-135k"
+    # Directory in Hugging Face layout with the weights that training starts from; "" starts from random ones.
+    checkpoint: str = field(default="", metadata=_CONTENT_OR_DIRECTORY | _LATER)
 
 
 @dataclass
@@ -109,19 +101,61 @@ class DataConfig:
 
 
 @dataclass
+class MeshConfig:
+    """How devices share the work; changes a result by rounding alone. 0 is chosen by what fits."""
+
+    data: int = field(default=0, metadata=_BYSTANDER)  # along the batch
+    fsdp: int = field(default=0, metadata=_BYSTANDER)  # along batch and parameters
+    tensor: int = field(default=0, metadata=_BYSTANDER)  # along heads, MLPs and vocabulary
+
+
+@dataclass
 class TrainConfig:
-    """The recipe: AdamW, linear warm-up, cosine decay to 2 percent."""
+    """The recipe: AdamW, linear warm-up, cosine decay; which parts train, and how it runs."""
 
     steps: int = 2500
     batch_size: int = 8
     learning_rate: float = 1.5e-3
     warmup_steps: int = 50
     weight_decay: float = 1e-4
+    # Of the gradient's global norm; 0: no clipping.
     clip_norm: float = 1.0
     seed: int = 0
+    # Of the order of the data; -1: `seed`. Cells that share it can train in one cohort.
+    order_seed: int = field(default=-1, metadata=_LATER)
+    # A run directory whose parameters this one starts from, as LLaVA's second stage does from its first.
+    init_from: str = field(default="", metadata={"run": True} | _LATER)
+    # What the learning rate is multiplied with in each part; 0 freezes it, and it costs no optimiser state.
+    compressor_rate: float = field(default=1.0, metadata=_LATER)
+    llm_rate: float = field(default=1.0, metadata=_LATER)
+    tower_rate: float = field(default=0.0, metadata=_LATER)
+    # Where the cosine ends, as a share of the peak.
+    final_rate: float = field(default=0.02, metadata=_LATER)
+    beta2: float = field(default=0.98, metadata=_LATER)
+    # 0: the mean over all supervised tokens of a batch. n: the mean over groups of n rows of the mean in
+    # each, as LLaVA has it with n rows a device.
+    loss_rows: int = field(default=0, metadata=_LATER)
+    # Of computation; parameters that train are float32. "auto": bfloat16, on a CPU float32.
+    dtype: str = field(default="auto", metadata=_LATER)
+    # A loss that is no finite number: "stop", or "skip" that step and count it.
+    nonfinite: str = field(default="stop", metadata=_LATER)
+    # Parts that a batch is computed in, one after the other, to save memory.
+    accumulate: int = field(default=1, metadata=_BYSTANDER)
+    # What the backward pass computes again: "block", "dots" or "none" (vlmscale/models/decoder.py).
+    remat: str = field(default="block", metadata=_BYSTANDER)
+    # Backend of attention (vlmscale/attention.py).
+    attention: str = field(default="xla", metadata=_BYSTANDER)
+    # Positions of a device whose logits exist at once.
+    loss_chunk: int = field(default=1024, metadata=_BYSTANDER)
+    # Cells of a cohort that differ in seed and learning rate alone as one batched program: "auto" measures
+    # both at the first launch; "always", "never".
+    batch_cells: str = field(default="auto", metadata=_BYSTANDER)
     log_every: int = field(default=1, metadata=_BYSTANDER)
     heldout_every: int = field(default=500, metadata=_BYSTANDER)
     checkpoint_every: int = field(default=100, metadata=_BYSTANDER)
+    keep: int = field(default=2, metadata=_BYSTANDER)  # checkpoints
+    # First and last step that the profiler watches, such as (100, 105).
+    profile: tuple[int, ...] = field(default=(), metadata=_BYSTANDER)
 
 
 @dataclass
@@ -146,6 +180,7 @@ class Cell:
     llm: LLMConfig = field(default_factory=LLMConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
@@ -157,79 +192,6 @@ class Sweep:
     cells: list[Cell]
 
 
-def load_cell(spec: str, overrides: Sequence[str]) -> Cell:
-    """Read `FILE[:ARG]` and apply overrides such as `--config.train.steps=10`.
-
-    Args:
-      spec: path of a config file, looked up in the working directory and then among the shipped ones.
-      overrides: command-line words, each `--config.KEY=VALUE`.
-
-    Returns:
-      A validated cell.
-
-    Raises:
-      UserError: file missing or faulty, unknown key (the nearest is named), wrong type, bad combination.
-    """
-    path, separator, argument = spec.partition(":")
-    for word in overrides:
-        _check_override(word)
-    values = flags.FlagValues()
-    argv = ["vlmscale", f"--config={find_config(path)}{separator}{argument}", *overrides]
-    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    # ml_collections loads every config file under this one module name: without this a file that lacks
-    # get_config would silently get that of the file before.
-    sys.modules.pop("config_config", None)
-    try:
-        values(argv)
-        cell = values["config"].value
-    except flags.IllegalFlagValueError as error:
-        lines = str(error).strip().splitlines()  # from get_config: a whole traceback, the reason last
-        where = "wrong type or value" if len(lines) == 1 else path
-        raise UserError(f"{where}: {lines[-1].strip()}") from error
-    except UserError:
-        raise
-    except Exception as error:  # a config file is a program of the user's: it may raise anything
-        raise UserError(f"{path}: {type(error).__name__}: {_one_line(error)}") from error
-    if not isinstance(cell, Cell):
-        raise UserError(f"{path}: get_config must return a vlmscale.config.Cell, not {type(cell).__name__}")
-    validate(cell)
-    return cell
-
-
-def find_config(path: str) -> Path:
-    """The file itself, or the shipped one of the same name under `configs/`."""
-    given = Path(path)
-    if given.is_file():
-        return given
-    relative = Path(*given.parts[1:]) if given.parts[:1] == ("configs",) else given
-    for root in config_roots():
-        if (root / relative).is_file():
-            return root / relative
-    raise UserError(f"config {path}: no such file, and none of that name ships with vlmscale")
-
-
-def config_roots() -> Iterator[Path]:
-    """Where shipped configs lie: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent
-    yield from (root for root in (package / "configs", package.parent / "configs") if root.is_dir())
-
-
-def _check_override(word: str) -> None:
-    key, equals, _ = word.partition("=")
-    if not key.startswith("--config.") or not equals:
-        raise UserError(f"{word}: an override reads --config.KEY=VALUE")
-    key = key.removeprefix("--config.")
-    known = [name for name, _, _ in leaves(Cell())]
-    if key not in known:
-        near = [name for name in known if name.endswith(f".{key}")]  # only its part is missing
-        near += difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        raise UserError(f"unknown config key {key}; the nearest is {near[0]}")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
     """(dotted name, value, metadata) of every field below a config dataclass, in order."""
     for item in dataclasses.fields(config):
@@ -238,89 +200,6 @@ def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
             yield from leaves(value, f"{prefix}{item.name}.")
         else:
             yield f"{prefix}{item.name}", value, item.metadata
-
-
-def validate(cell: Cell) -> None:
-    """Refuse what cannot run.
-
-    Raises:
-      UserError: one line naming the key and what works.
-    """
-    _one_of("tower.name", cell.tower.name, TOWERS)
-    _one_of("llm.name", cell.llm.name, SIZES)
-    _one_of("compressor.name", cell.compressor.name, COMPRESSORS)
-    _one_of("data.source", cell.data.source, ("scenes", "llava"))
-    _one_of("data.image_mode", cell.data.image_mode, ("resize", "pad", "crop"))
-    _one_of("data.template", cell.data.template, TEMPLATES)
-    _one_of("data.tokenization", cell.data.tokenization, ("inline", "llava"))
-    _one_of("data.packing", cell.data.packing, ("none", "pack", "modality_length"))
-    _one_of("data.features", cell.data.features, ("stored", "computed"))
-    _one_of("data.feature_dtype", cell.data.feature_dtype, ("float32", "bfloat16"))
-    _one_of("evaluate.history", cell.evaluate.history, ("none", "gold"))
-    _check_weights(cell.tower)
-    _check_compressor(cell)
-    _check_data(cell)
-    positive = (
-        "data.train_images data.validation_images data.test_images data.max_text_tokens train.steps "
-        "train.batch_size train.learning_rate train.clip_norm train.log_every train.heldout_every "
-        "train.checkpoint_every evaluate.max_new_tokens evaluate.batch_size"
-    )
-    values = {name: value for name, value, _ in leaves(cell)}
-    for name in positive.split():
-        if not 0 < values[name] < math.inf:
-            raise UserError(f"{name}={values[name]}: must be above 0 and finite")
-    for name in ("data.seed", "train.seed"):
-        if values[name] < 0:
-            raise UserError(f"{name}={values[name]}: must not be negative")
-    if not 0 <= cell.train.warmup_steps < cell.train.steps:
-        raise UserError(
-            f"train.warmup_steps={cell.train.warmup_steps}: must be below train.steps={cell.train.steps}"
-        )
-    if not 0 <= cell.train.weight_decay < math.inf:
-        raise UserError(f"train.weight_decay={cell.train.weight_decay}: must not be negative")
-    if cell.data.vocab_size < 300:
-        raise UserError(
-            f"data.vocab_size={cell.data.vocab_size}: at least 300 (256 bytes and special tokens)"
-        )
-
-
-def _check_data(cell: Cell) -> None:
-    data = cell.data
-    if data.source == "llava" and not data.records and not data.prepared:
-        raise UserError(
-            "data.source=llava needs --config.data.prepared=DIR, or --config.data.records=FILE.json (and "
-            "--config.data.images=DIR)"
-        )
-    if data.source == "scenes" and (data.records or data.images or data.prepared):
-        raise UserError(
-            "data.records, data.images and data.prepared are read only with --config.data.source=llava"
-        )
-    if data.prepared and (data.records or data.images):
-        raise UserError("data.prepared holds records and images: leave data.records and data.images away")
-    parse_mixture(data.prepared)
-    if data.template == "toy" and (data.tokenizer or data.tokenization == "llava"):
-        raise UserError("data.template=toy is for tokenizers trained here: set data.template=v1 or another")
-    if data.template != "toy" and not data.tokenizer:
-        raise UserError(
-            f"data.template={data.template}: needs --config.data.tokenizer=DIR, one of its language model"
-        )
-    if data.tokenizer and data.vocab_size != DataConfig().vocab_size:
-        raise UserError(f"data.vocab_size={data.vocab_size}: is that of data.tokenizer; leave it away")
-    if data.features == "computed" and data.feature_dtype != "float32":
-        raise UserError(
-            f"data.feature_dtype={data.feature_dtype}: is of stored outputs; data.features=computed"
-        )
-    if data.packing == "pack" and not data.row_length:
-        raise UserError("data.packing=pack needs --config.data.row_length, such as 2048")
-    if data.pack_rows != 1 and data.packing != "pack":
-        raise UserError(f"data.pack_rows={data.pack_rows}: goes with data.packing=pack")
-    if data.pack_rows < 1 or cell.train.batch_size % data.pack_rows:
-        raise UserError(
-            f"data.pack_rows={data.pack_rows}: must divide train.batch_size={cell.train.batch_size}"
-        )
-    for name in ("row_length", "workers"):
-        if getattr(data, name) < 0:
-            raise UserError(f"data.{name}={getattr(data, name)}: must not be negative")
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
@@ -347,69 +226,6 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     return parts
 
 
-def _check_compressor(cell: Cell) -> None:
-    compressor, tower = cell.compressor, TOWERS[cell.tower.name]
-    options = parse_options(compressor.name, compressor.options)
-    if compressor.visual_tokens:
-        check_count(compressor.name, compressor.visual_tokens, tower.grid)
-        COMPRESSORS[compressor.name].needs(tower, options)  # refuses what this tower cannot give
-    check_evaluable(cell, "evaluate.visual_tokens", cell.evaluate.visual_tokens)
-
-
-def check_evaluable(cell: Cell, option: str, asked: Sequence[int]) -> None:
-    """Refuse token counts that the trained model of a cell cannot be asked for.
-
-    Raises:
-      UserError: naming the option and what works.
-    """
-    known = evaluable_counts(cell)
-    for count in asked:
-        if type(count) is not int or count not in known:
-            raise UserError(f"{option}: {count!r}: {_gives(cell, known)}")
-    if len(set(asked)) < len(asked):
-        raise UserError(f"{option}={asked}: names a count twice")
-
-
-def _gives(cell: Cell, known: list[int]) -> str:
-    name, many = (
-        cell.compressor.name,
-        [row for row, method in COMPRESSORS.items() if method.nested is not None],
-    )
-    if not known[-1]:
-        return "a blind model has no visual tokens"
-    if len(known) > 1 or name in many:
-        return f"this {name} gives {spoken(known)}"
-    most = "at most " if COMPRESSORS[name].adaptive(parse_options(name, cell.compressor.options)) else ""
-    return f"one {name} model gives one count, here {most}{known[0]}; many are given by {', '.join(many)}"
-
-
-def evaluable_counts(cell: Cell) -> list[int]:
-    """Token counts that the trained model of a cell can be asked for; of an adaptive method its maximum."""
-    largest, method = cell.compressor.visual_tokens, COMPRESSORS[cell.compressor.name]
-    if method.nested is None or not largest:
-        return [largest]
-    if method.trains_all:
-        return sorted(method.nested(largest))
-    return list(range(1, largest + 1))  # its first tokens stand by themselves
-
-
-def _check_weights(tower: TowerConfig) -> None:
-    advice = "name a Hugging Face directory or a safetensors file with --config.tower.checkpoint=PATH"
-    if not tower.checkpoint:
-        raise UserError(f"tower.checkpoint is empty; {advice}")
-    if tower.checkpoint == "shipped" and tower.name not in SHIPPED_TOWERS:
-        raise UserError(
-            f"tower.name={tower.name}: the package ships only the weights of {', '.join(SHIPPED_TOWERS)}; "
-            f"{advice}"
-        )
-
-
-def _one_of(key: str, value: str, known: Any) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(value, list(known), n=1, cutoff=0.0)[0]
-        raise UserError(f"{key}={value}: unknown; the nearest is {near} (known: {', '.join(known)})")
-
-
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved config as nested dicts, ready for JSON."""
     return dataclasses.asdict(config)
@@ -420,6 +236,7 @@ def from_dict(values: dict[str, Any]) -> Cell:
     kinds = {item.name: type(getattr(Cell(), item.name)) for item in dataclasses.fields(Cell)}
     cell = Cell(**{name: kinds[name](**part) for name, part in values.items()})
     cell.evaluate.visual_tokens = tuple(cell.evaluate.visual_tokens)  # JSON has lists alone
+    cell.train.profile = tuple(cell.train.profile)
     return cell
 
 
@@ -459,6 +276,8 @@ def _content(name: str, value: Any, metadata: Any) -> Any:
     """What of a field's value counts."""
     if value in ("", "shipped"):
         return value
+    if metadata.get("run"):
+        return trained_sha256(name, Path(value))
     if metadata.get("mixture"):
         return [[manifest_sha256(name, Path(path)), weight] for path, weight in parse_mixture(value)]
     if metadata.get("tokenizer"):
@@ -466,50 +285,3 @@ def _content(name: str, value: Any, metadata: Any) -> Any:
     if metadata.get("content"):
         return content_sha256(name, Path(value), metadata.get("directory", False))
     return value
-
-
-def load_data(spec: str) -> DataConfig:
-    """The data of a file with `get_data(arg)`, such as `configs/data/llava_instruct.py:DIR`.
-
-    Args:
-      spec: FILE[:ARG], the file looked up as those of `load_cell` are.
-
-    Raises:
-      UserError: the file is missing or faulty.
-    """
-    path, _, argument = spec.partition(":")
-    return _run_file(path, "a data definition", "get_data(arg)", argument, DataConfig)
-
-
-def load_sweep(path: str, overrides: Sequence[str]) -> Sweep:
-    """Read a sweep file: Python with `get_sweep(overrides) -> Sweep`.
-
-    Raises:
-      UserError: file missing or faulty, no cells, or the same cell twice.
-    """
-    sweep = _run_file(path, "a sweep file", "get_sweep(overrides)", overrides, Sweep)
-    for cell in sweep.cells:
-        validate(cell)
-    ids = [cell_id(cell) for cell in sweep.cells]
-    if not ids or len(set(ids)) < len(ids):
-        raise UserError(f"{path}: has {len(ids)} cells, {len(set(ids))} of them distinct")
-    return sweep
-
-
-def _run_file(path: str, what: str, signature: str, argument: Any, kind: type[T]) -> T:
-    """What the function of a config file returns: it is a program of the user's, and may raise anything."""
-    found, name = find_config(path), signature.partition("(")[0]
-    try:
-        scope = runpy.run_path(str(found))
-        if name not in scope:
-            raise UserError(f"{path}: {what} defines {signature}")
-        made = scope[name](argument)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{path}: {type(error).__name__}: {_one_line(error)}") from error
-    if not isinstance(made, kind):
-        raise UserError(
-            f"{path}: {name} must return a vlmscale.config.{kind.__name__}, not {type(made).__name__}"
-        )
-    return made

@@ -78,3 +78,17 @@ def tokenizer_sha256(name: str, directory: Path) -> str:
     there = [file for file in TOKENIZER_FILES if (directory / file).is_file()]
     parts = [f"{file} {content_sha256(name, directory / file, False)}" for file in there]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def trained_sha256(name: str, run: Path) -> str:
+    """Hash of the parameters that a run ended with, as it states it itself.
+
+    Raises:
+      UserError: it is no run that was trained to its end; `name` is that of the field.
+    """
+    try:
+        return str(json.loads((run / "done.json").read_bytes())["params_sha256"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{name}={run}: is no run that was trained to its end (no done.json); train it first"
+        ) from None

@@ -228,7 +228,9 @@ def export_run(run: LoadedRun, out: Path, dtype: str | None) -> list[Path]:
         return export.write_directory(
             out, config, tensors, text | {"README.md": model_card.of_llm(run)}, kind
         )
-    tower = load_tower(run.prepared.path / "tower.safetensors", run.cell.tower.name)
+    trained = run.cell.train.tower_rate > 0 and run.tower is not None
+    tower = run.tower if trained else load_tower(run.prepared.path / "tower.safetensors", run.cell.tower.name)
+    assert tower is not None
     if _is_llava(run.cell):
         return _export_llava(run, tower, out, (size, config), text, kind)
     return _export_parts(run, tower, out, config, text, kind)

@@ -66,25 +66,45 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def check_batch(batch_size: int, mesh: Mesh, block_rows: int = 1) -> None:
-    """Refuse a batch whose blocks of rows do not divide over the devices.
+def check_batch(batch_size: int, mesh: Mesh, block_rows: int = 1, accumulate: int = 1) -> None:
+    """Refuse a batch whose parts of whole blocks of rows do not divide over the devices.
 
     Raises:
       UserError: with the number of devices.
     """
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (devices * block_rows):
+    if batch_size % (devices * block_rows * accumulate):
         blocks = f" times data.pack_rows={block_rows}" * (block_rows > 1)
-        raise UserError(f"train.batch_size={batch_size}: must be a multiple of the {devices} devices{blocks}")
+        parts = f" times train.accumulate={accumulate}" * (accumulate > 1)
+        raise UserError(
+            f"train.batch_size={batch_size}: must be a multiple of the {devices} devices{blocks}{parts} "
+            "(mesh.data times mesh.fsdp of them split a batch)"
+        )
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, processes: int = 1, accumulate: int = 1
+) -> dict[str, Any]:
     """This process's rows of a batch to the devices, rows split over the data and fsdp axes.
 
-    With several processes each gives its own rows, in the order of the processes.
+    Args:
+      batch: arrays [b, ...] of this process.
+      mesh: the devices.
+      processes: how many processes make different rows (`vlmscale.distributed.host_part`); the whole batch
+        has `processes` times as many.
+      accumulate: parts that a batch is computed in; with several, arrays become [accumulate, b', ...].
+        Rows that were neighbours stay neighbours, and none moves to another device for it.
     """
-    rows = batch_sharding(mesh)
-    return {name: jax.make_array_from_process_local_data(rows, values) for name, values in batch.items()}
+    rows = PartitionSpec(("data", "fsdp"))
+    where = NamedSharding(mesh, rows if accumulate == 1 else PartitionSpec(None, *rows))
+    out = {}
+    for name, values in batch.items():
+        if accumulate > 1:
+            values = values.reshape(accumulate, len(values) // accumulate, *values.shape[1:])
+        at = int(accumulate > 1)
+        shape = (*values.shape[:at], values.shape[at] * processes, *values.shape[at + 1 :])
+        out[name] = jax.make_array_from_process_local_data(where, values, shape)
+    return out
 
 
 def place(boxed: Any, mesh: Mesh, dtype: Any = None) -> Any:

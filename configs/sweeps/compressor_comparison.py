@@ -9,7 +9,8 @@ the nearest; those that train many counts in one model are trained once, up to 1
 from collections.abc import Iterator, Sequence
 
 from vlmscale.compressors import COMPRESSORS, parse_options
-from vlmscale.config import Sweep, load_cell
+from vlmscale.config import Sweep
+from vlmscale.loading import load_cell
 from vlmscale.models.sizes import TOWERS
 
 LLM = "toy-135k"

@@ -7,7 +7,8 @@ About 10 minutes on two CPU cores.
 
 from collections.abc import Sequence
 
-from vlmscale.config import Sweep, load_cell
+from vlmscale.config import Sweep
+from vlmscale.loading import load_cell
 
 LLMS = ("toy-14k", "toy-40k", "toy-135k", "toy-375k")
 VISUAL_TOKENS = (0, 1, 4, 16, 64)

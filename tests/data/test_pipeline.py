@@ -28,7 +28,8 @@ from vlmscale.data.conversation import Template, expand
 from vlmscale.data.dataset import Dataset
 from vlmscale.data.lengths import Lengths, Limits, measure, target_positions
 from vlmscale.data.packing import Plan, Shape, one_per_row, plan
-from vlmscale.data.pipeline import Batch, Layout, PlanOf, _Plans, batches, fill, in_order
+from vlmscale.data.pipeline import Batch, Layout, batches, fill, in_order
+from vlmscale.data.plans import PlanOf, Plans
 from vlmscale.data.sources import DatasetSource, Pixels, Source
 from vlmscale.errors import UserError
 
@@ -384,7 +385,7 @@ class Counting:
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_plan_is_made_once_and_the_next_half_an_epoch_ahead(shared: bool) -> None:
     counting = Counting()
-    plans = _Plans(counting, shared=shared)
+    plans = Plans(counting, shared=shared)
     for number in range(10):
         plans.look_ahead(number)
         assert plans.block(number)[0].tolist() == [0]
@@ -398,7 +399,7 @@ def test_a_plan_is_made_once_and_the_next_half_an_epoch_ahead(shared: bool) -> N
     assert counting.asked == [0, 1, 2]
     if shared:
         other = Counting()
-        theirs = _Plans(other, folder=plans.folder)
+        theirs = Plans(other, folder=plans.folder)
         assert [theirs.block(number)[0].tolist() for number in (5, 15, 25, 35)] == [[0], [1], [2], [3]]
         assert other.asked == [3]
         plans.remove()

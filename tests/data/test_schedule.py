@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vlmscale.data.packing import Plan, Shape
-from vlmscale.data.pipeline import _Plans
+from vlmscale.data.plans import Plans
 from vlmscale.data.schedule import Schedule
 
 COUNT, BATCH = 1000, 16
@@ -60,6 +60,6 @@ def test_a_late_epoch_is_found_without_the_plans_before(
             return super().__call__(epoch)
 
     watched = Watched(**vars(replace(planned)))
-    block = _Plans(watched).block(5 * whole + 7)
+    block = Plans(watched).block(5 * whole + 7)
     assert made == [5]
     np.testing.assert_array_equal(block[0], planned(5).row(7))

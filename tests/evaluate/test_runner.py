@@ -108,7 +108,7 @@ def test_answers_do_not_depend_on_the_batch(loaded: LoadedRun) -> None:
 def test_cached_decoding_is_the_same_as_no_cache(loaded: LoadedRun) -> None:
     """Greedy, one forward pass a token over the whole text, without any cache."""
     items = make_items(loaded.prepared.datasets["test"], "none")[:4]
-    [dataset], [reader] = loaded.prepared.datasets["test"], loaded.prepared.pictures("test", loaded.cell)
+    [dataset], [reader] = loaded.prepared.datasets["test"], loaded.prepared.pictures("test", [loaded.cell])
     assert reader is not None
     shown = [reader.read(dataset, item.record, dataset.images(item.record))[0]["selected"] for item in items]
     features = np.stack(shown)

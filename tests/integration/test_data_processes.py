@@ -18,7 +18,8 @@ from tests.integration.processes import at_work, free_port, told
 from tests.integration.tiny import wait_for
 from vlmscale.data.lengths import Limits, measure
 from vlmscale.data.packing import Shape, one_per_row, plan
-from vlmscale.data.pipeline import Batch, Layout, PlanOf, batches
+from vlmscale.data.pipeline import Batch, Layout, batches
+from vlmscale.data.plans import PlanOf
 from vlmscale.data.sources import DatasetSource, Pixels, Source
 
 pytestmark = pytest.mark.slow

@@ -15,10 +15,11 @@ from launch.local import run_cells
 from launch.state import CellDirectory, open_sweep
 from tests.integration.tiny import DATA, lines, read, saved_steps, steps, wait_for
 from vlmscale.cli import main
-from vlmscale.config import load_cell, load_sweep
+from vlmscale.loading import load_cell, load_sweep
 
 FILE = """
-from vlmscale.config import Sweep, load_cell
+from vlmscale.config import Sweep
+from vlmscale.loading import load_cell
 
 def get_sweep(overrides=()):
     specs = [f"configs/scenes_tiny.py:toy-14k,{count}" for count in (0, 1)]

@@ -9,10 +9,11 @@ import pytest
 
 from launch.state import open_sweep
 from vlmscale.cli import main
-from vlmscale.config import load_sweep
+from vlmscale.loading import load_sweep
 
 FILE = """
-from vlmscale.config import Sweep, load_cell
+from vlmscale.config import Sweep
+from vlmscale.loading import load_cell
 
 def get_sweep(overrides=()):
     specs = [f"configs/scenes_tiny.py:toy-14k,{count}" for count in (COUNTS)]

@@ -15,13 +15,17 @@ from PIL import Image
 import vlmscale
 from tests.integration.tiny import DATA, SCENES, lines, read, steps
 from vlmscale.compressors import COMPRESSORS, label, parse_options
-from vlmscale.config import Cell, evaluable_counts, load_cell
+from vlmscale.config import Cell
 from vlmscale.convert import export_run
 from vlmscale.cost.image import image_flops
 from vlmscale.evaluate.runner import answer_one, evaluate, load_run
+from vlmscale.loading import load_cell
 from vlmscale.models.sizes import TOWERS
-from vlmscale.train.loop import PreemptedError, open_run, train
+from vlmscale.train.cohort import Member
+from vlmscale.train.loop import PreemptedError, train
 from vlmscale.train.prepared import Prepared, prepare
+from vlmscale.train.run import open_run
+from vlmscale.validation import evaluable_counts
 
 STEPS = 4
 TOWER = TOWERS["scenes-48"]
@@ -90,7 +94,7 @@ def test_a_cell_of_every_method(name: str, data: Prepared, tmp_path: Path) -> No
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     for run in (straight, broken):
         open_run(cell, run, data.path, "")
-    train(cell, straight, data, nothing)
+    train([Member(cell, straight)], straight, data, nothing)
 
     def stop_at_2(step: int, *_: object) -> None:
         if step == 2:
@@ -98,8 +102,8 @@ def test_a_cell_of_every_method(name: str, data: Prepared, tmp_path: Path) -> No
 
     cell.train.heldout_every = 2  # has no part in the result, and calls stop_at_2
     with pytest.raises(PreemptedError, match="step 2"):
-        train(cell, broken, data, stop_at_2)
-    train(cell, broken, data, nothing)
+        train([Member(cell, broken)], broken, data, stop_at_2)
+    train([Member(cell, broken)], broken, data, nothing)
     assert read(broken / "done.json")["resumed_from"] == [2]
     assert read(broken / "done.json")["params_sha256"] == read(straight / "done.json")["params_sha256"]
     loaded = load_run(broken)

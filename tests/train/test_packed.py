@@ -16,12 +16,13 @@ import pytest
 
 from tests.integration.tiny import SCENES, picture, read
 from vlmscale.cli import main
-from vlmscale.config import Cell, load_cell
+from vlmscale.config import Cell
 from vlmscale.data.images import preprocess
 from vlmscale.data.pipeline import batches, in_order
 from vlmscale.data.prepare import write_dataset
 from vlmscale.data.records import Record, Turn
 from vlmscale.errors import UserError
+from vlmscale.loading import load_cell
 from vlmscale.models.sizes import TOWERS
 from vlmscale.sharding import check_batch, make_mesh, put_batch
 from vlmscale.train.prepared import Prepared, prepare
@@ -76,14 +77,14 @@ def prepared(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepa
 
 def epoch(prepared: Prepared, cell: Cell) -> tuple[list[dict[str, Any]], int]:
     """The batches of one epoch, rows behind it without targets; rows of a block."""
-    samples, constants = prepared.samples("train", cell), prepared.constants(cell)
+    samples = prepared.samples("train", cell)
     if cell.data.packing == "none":
         stream = in_order(samples.source, samples.one_per_row(), 4)
-        return [batch | constants for batch in stream], 1
+        return list(stream), 1
     layout, schedule = samples.training()
     rows = len(schedule(0).row_offsets) - 1
     with batches(samples.source, layout, schedule, 4) as stream:
-        out = [next(stream) | constants for _ in range(-(-rows // 4))]
+        out = [next(stream) for _ in range(-(-rows // 4))]
     out[-1]["target_mask"][(rows - 1) % 4 + 1 :] = False
     return out, layout.shape.rows
 
@@ -133,8 +134,9 @@ def test_pictures_that_are_computed_in_the_step_are_those_that_were_stored(
         model = build_model(cell, data.tokenizer.get_vocab_size())
         if params is None:
             params = random_params(model, model_inputs(parts[0]), parts[0]["target_positions"])["params"]
-        run = jax.jit(partial(loss_sum, model))
-        values.append([float(run(params, batch)[0]) for batch in parts])
+        run, tower = jax.jit(partial(loss_sum, model)), data.tower(cell)
+        whole = params if tower is None else params | {"tower": tower}
+        values.append([float(run(whole, batch)[0]) for batch in parts])
     assert "pixels" in parts[0]
     assert parts[0]["pixels"].dtype == np.uint8
     np.testing.assert_allclose(values[1], values[0], rtol=1e-5)

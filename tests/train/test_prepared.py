@@ -10,11 +10,12 @@ import pytest
 
 from tests.integration.tiny import DATA, SCENES, read, steps
 from vlmscale.compressors.features import tower_features
-from vlmscale.config import Cell, load_cell
+from vlmscale.config import Cell
 from vlmscale.data import scenes
 from vlmscale.data.pipeline import in_order
 from vlmscale.data.sources import Stored
 from vlmscale.errors import UserError
+from vlmscale.loading import load_cell
 from vlmscale.models.sizes import TOWERS
 from vlmscale.train.frozen import load_tower, needs_of, tower_path
 from vlmscale.train.prepared import Prepared, pixels_of, prepare
@@ -58,7 +59,7 @@ def test_features_are_the_towers_over_several_batches(prepared: Prepared) -> Non
     chosen = [0, 1, 255, 256, 299]
     stored: dict[str, np.ndarray] = {}
     for name, fields in READ.items():
-        [reader] = prepared.pictures("train", cell_of(name))
+        [reader] = prepared.pictures("train", [cell_of(name)])
         assert isinstance(reader, Stored)
         assert set(reader.names) == {"selected"} | fields - {"tower"}
         assert len(reader.store) == 300
@@ -73,7 +74,7 @@ def test_features_are_the_towers_over_several_batches(prepared: Prepared) -> Non
     for name, values in wanted.items():
         assert stored[name].dtype == np.float32
         np.testing.assert_allclose(stored[name], values, rtol=1e-5, atol=1e-5)
-    assert prepared.pictures("train", tiny("--config.compressor.visual_tokens=0")) == [None]
+    assert prepared.pictures("train", [tiny("--config.compressor.visual_tokens=0")]) == [None]
 
 
 def test_a_method_says_what_it_reads() -> None:
@@ -84,13 +85,13 @@ def test_a_method_says_what_it_reads() -> None:
 
 
 def test_the_towers_blocks_come_from_the_directorys_own_copy(prepared: Prepared) -> None:
-    made = prepared.constants(cell_of("vistog"))
+    made = prepared.tower(cell_of("vistog"))
+    assert made is not None
     wanted = load_tower(tower_path(tiny()), "scenes-48")
-    assert made.keys() == {"tower"}
-    blocks = {f"block_{index}": wanted[f"block_{index}"] for index in range(4)}
-    assert tree.sha256(made["tower"]) == tree.sha256(blocks)
-    assert all(prepared.constants(cell_of(name)) == {} for name in READ if name != "vistog")
-    assert prepared.constants(cell_of("vistog", "--config.compressor.visual_tokens=0")) == {}
+    blocks = [{f"block_{index}": tower[f"block_{index}"] for index in range(4)} for tower in (made, wanted)]
+    assert tree.sha256(blocks[0]) == tree.sha256(blocks[1])
+    assert all(prepared.tower(cell_of(name)) is None for name in READ if name != "vistog")
+    assert prepared.tower(cell_of("vistog", "--config.compressor.visual_tokens=0")) is None
 
 
 def test_a_tower_without_a_pooling_head_says_what_to_do(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_a_tower_without_a_pooling_head_says_what_to_do(tmp_path: Path) -> None:
 
 def test_rows_show_the_picture_that_their_record_names(prepared: Prepared) -> None:
     samples = prepared.samples("test", tiny())
-    [dataset], [reader] = prepared.datasets["test"], prepared.pictures("test", tiny())
+    [dataset], [reader] = prepared.datasets["test"], prepared.pictures("test", [tiny()])
     assert isinstance(reader, Stored)
     batch = next(in_order(samples.source, samples.one_per_row(), 20))
     for row in range(20):

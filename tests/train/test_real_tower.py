@@ -25,11 +25,12 @@ from tests.integration.tiny import DATA, SCENES, lines, picture, read, steps, tr
 from tests.pretrained import COMMON, randomise, save_decoder
 from vlmscale.cli import main
 from vlmscale.compressors.features import tower_features
-from vlmscale.config import Cell, cell_id, load_cell, load_sweep
+from vlmscale.config import Cell, cell_id
 from vlmscale.data import scenes
 from vlmscale.data.processor import ImageProcessor, processor_config
 from vlmscale.data.sources import Stored
 from vlmscale.errors import UserError
+from vlmscale.loading import load_cell, load_sweep
 from vlmscale.models.sizes import TOWERS, TowerSize
 from vlmscale.train.features import batch_size
 from vlmscale.train.frozen import load_tower, tower_path
@@ -158,7 +159,7 @@ def refusal(call: Callable[[], Any]) -> str:
 
 def stored_features(prepared: Prepared, cell: Cell) -> dict[str, np.ndarray]:
     """The tower outputs of all test pictures, in the order in which they were drawn."""
-    [reader] = prepared.pictures("test", cell)
+    [reader] = prepared.pictures("test", [cell])
     assert isinstance(reader, Stored)
     return reader.store.gather(range(len(reader.store)))
 

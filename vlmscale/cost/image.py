@@ -63,10 +63,11 @@ class Sample(NamedTuple):
 def sample_flops(cell: Cell, vocab_size: int, sample: Sample, visual_tokens: float | None = None) -> float:
     """FLOPs of an average training sample.
 
-    Forward, and twice that backward, for LLM and compressor; the tower is frozen, and computed once in
-    advance unless `data.features` says "computed"; no gradient flows through the pass over the question. A
-    method that trains many counts runs the LLM for each of them in every step, or for the one drawn; in the
-    former case the gradient of what the counts share is computed once for each.
+    Forward, and backward once for gradients of activations and once for those of parameters, each where it is
+    needed for what trains; recomputation is not counted. A frozen tower is computed once in advance
+    unless `data.features` says "computed"; no gradient flows through the pass over the question. A method
+    that trains many counts runs the LLM for each of them in every step, or for the one drawn; in the former
+    case the gradient of what the counts share is computed once for each.
 
     Args:
       cell: the config.
@@ -82,10 +83,21 @@ def sample_flops(cell: Cell, vocab_size: int, sample: Sample, visual_tokens: flo
     head = flops.head_flops(size, vocab_size, sample.targets)
     passes = [flops.decoder_flops(size, sample.text + share * count, 0) + head for count in counts]
     decoder = sum(passes) / (1 if method.trains_all else len(passes))
-    backward = 2 * len(counts) if method.trains_all else 2
+    train = cell.train
+    below = largest and (train.compressor_rate or train.tower_rate)  # what the decoder's gradient goes on to
+    passed = 1 + bool(train.llm_rate) + bool(train.llm_rate or below)
+    compressed = (bool(train.compressor_rate) + bool(below)) * (len(counts) if method.trains_all else 1)
     image = image_flops(cell, round(max(counts)), round(sample.text), sample.query)
-    tower = image.tower if cell.data.features == "computed" else 0
-    return 3 * decoder + share * ((1 + backward) * image.compressor + image.query_pass + tower)
+    return passed * decoder + share * (
+        (1 + compressed) * image.compressor + image.query_pass + tower_passes(cell) * image.tower
+    )
+
+
+def tower_passes(cell: Cell) -> int:
+    """How often a step pays a tower's forward pass: three times where it trains, as backward is two."""
+    if cell.train.tower_rate:
+        return 3
+    return 1 if cell.data.features == "computed" else 0
 
 
 @lru_cache(maxsize=64)

@@ -7,18 +7,14 @@ a process makes its own contiguous part of every batch. Workers change who makes
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import shutil
 import sys
-import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import grain
 import numpy as np
@@ -26,14 +22,14 @@ from absl import flags
 
 from vlmscale.data.conversation import expand
 from vlmscale.data.lengths import Lengths, target_positions
-from vlmscale.data.packing import Plan, Shape
+from vlmscale.data.packing import Shape
+from vlmscale.data.plans import PlanOf, Plans
 from vlmscale.data.sources import Picture, Source
 from vlmscale.data.workers import quiet_tracker, serve_parent
 from vlmscale.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Samples = Sequence[int] | np.ndarray  # numbers of those in one row
-PlanOf = Callable[[int], Plan]  # of an epoch; a pure function that can be pickled
 _BY_ROW = (
     "tokens",
     "image_slots",
@@ -43,16 +39,7 @@ _BY_ROW = (
     "target_ids",
     "target_mask",
 )
-_BUFFERED = 2  # batches that wait, of each worker
-_KNOWN = 3  # epochs whose plan is kept in memory
-
-
-@runtime_checkable
-class Counted(Protocol):
-    """Plans whose rows can be counted before they are made."""
-
-    def rows(self, epoch: int) -> int | None:
-        """Rows of an epoch, each a block of its own; None where only the plan tells."""
+_QUESTIONS = ("query_tokens", "query_length")
 
 
 @dataclass(frozen=True)
@@ -124,7 +111,7 @@ class Layout:
 class Batches:
     """Endless batches. Close it, or use it in a `with`: then its workers end, whatever they are at."""
 
-    def __init__(self, parts: list[grain.DatasetIterator], plans: _Plans, start: int, blocks: int) -> None:
+    def __init__(self, parts: list[grain.DatasetIterator], plans: Plans, start: int, blocks: int) -> None:
         """Iterate over parts in turn.
 
         Args:
@@ -183,7 +170,7 @@ class Batches:
             self._close()
 
 
-def _end(parts: list[grain.DatasetIterator], plans: _Plans) -> None:
+def _end(parts: list[grain.DatasetIterator], plans: Plans) -> None:
     plans.remove()
     threads = []
     while parts:  # emptied, so that nothing is left of them when the interpreter ends
@@ -205,6 +192,7 @@ def batches(
     batch_size: int,
     start_step: int = 0,
     *,
+    also: Sequence[tuple[Source, Layout]] = (),
     workers: int = 0,
     process: int = 0,
     processes: int = 1,
@@ -218,6 +206,8 @@ def batches(
       batch_size: rows B of a whole batch, of all processes.
       start_step: resuming needs nothing else: neither how often a run was interrupted nor what its workers
         and processes were changes what comes.
+      also: more ways to read and lay out the same samples in the same rows, such as other numbers of visual
+        tokens; with the same blocks and image slots.
       workers: processes that read and decode; 0 for a thread of this one.
       process, processes: rows [process * B / processes, (process + 1) * B / processes) are made here.
 
@@ -226,7 +216,8 @@ def batches(
       [B, K] int32 and target_mask [B, K] bool, positions counted within the row; the arrays of pictures, and
       with questions query_tokens [N, Q] and query_length [N] int32, with N = B / G * P. image_slots is i in
       slots of the block's i-th image, from 1 on, and segment_ids are unique within a block; both are 0
-      elsewhere. B is that of this process.
+      elsewhere. B is that of this process. Arrays of the i-th of `also` are named "i/tokens", from 1 on, and
+      have no pictures: those of the first are theirs too.
 
     Raises:
       UserError: the batch does not divide into whole blocks for every process.
@@ -237,12 +228,12 @@ def batches(
             f"train.batch_size={batch_size}: must be a multiple of {layout.shape.rows * processes}, for "
             f"{processes} processes (hosts) and blocks of {layout.shape.rows} rows"
         )
-    plans = _Plans(plan_of, shared=workers > 0)
+    plans = Plans(plan_of, shared=workers > 0)
     blocks = per_process * processes
     plans.look_ahead(start_step * blocks)
     mine = slice(process * per_process, (process + 1) * per_process)
     numbers = grain.MapDataset.range(sys.maxsize).batch(blocks).map(partial(_part, mine))
-    chain = numbers.map(partial(_planned, source, layout, plans))[start_step:]
+    chain = numbers.map(partial(_planned, source, layout, tuple(also), plans))[start_step:]
     if not workers:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
         return Batches([iter(chain.to_iter_dataset(options))], plans, start_step, blocks)
@@ -253,7 +244,7 @@ def batches(
     return Batches(parts, plans, start_step, blocks)
 
 
-def _worker(chain: grain.MapDataset, plans: _Plans) -> grain.DatasetIterator:
+def _worker(chain: grain.MapDataset, plans: Plans) -> grain.DatasetIterator:
     """A process that makes these batches from now on.
 
     One iterator a worker, not one for all: closing Grain's own for several leaves those behind that have not
@@ -273,6 +264,7 @@ def in_order(
     batch_size: int,
     *,
     samples: np.ndarray | None = None,
+    also: Sequence[tuple[Source, Layout]] = (),
     process: int = 0,
     processes: int = 1,
 ) -> Iterator[Batch]:
@@ -281,7 +273,7 @@ def in_order(
     Args:
       source, layout: as for `batches`, with blocks of one row.
       samples: numbers of those that are wanted; None for all.
-      batch_size, process, processes: as for `batches`.
+      batch_size, also, process, processes: as for `batches`.
     """
     if layout.shape.rows != 1 or batch_size % processes:
         raise ValueError("in_order: blocks of one row, and as many for each process")
@@ -289,8 +281,11 @@ def in_order(
     wanted = np.arange(len(source)) if samples is None else samples
     for start in range(0, len(wanted), batch_size):
         mine = range(start + process * local, start + (process + 1) * local)
-        batch = fill(source, layout, [[[wanted[index if index < len(wanted) else 0]]] for index in mine])
-        batch["target_mask"][[index >= len(wanted) for index in mine]] = False
+        blocks = [[[wanted[index if index < len(wanted) else 0]]] for index in mine]
+        batch, spare = fill_all(source, layout, also, blocks), [index >= len(wanted) for index in mine]
+        for name, values in batch.items():
+            if name.endswith("target_mask"):
+                values[spare] = False
         yield batch
 
 
@@ -378,89 +373,42 @@ def _part(mine: slice, numbers: np.ndarray) -> np.ndarray:
     return numbers[mine]
 
 
-def _planned(source: Source, layout: Layout, plans: _Plans, numbers: np.ndarray) -> Batch:
-    return fill(source, layout, [plans.block(int(number)) for number in numbers])
+def _planned(
+    source: Source,
+    layout: Layout,
+    also: tuple[tuple[Source, Layout], ...],
+    plans: Plans,
+    numbers: np.ndarray,
+) -> Batch:
+    return fill_all(source, layout, also, [plans.block(int(number)) for number in numbers])
+
+
+def fill_all(
+    source: Source,
+    layout: Layout,
+    also: Sequence[tuple[Source, Layout]],
+    blocks: Sequence[Sequence[Samples]],
+) -> Batch:
+    """`fill`, and the same rows as others read and lay them out, as `batches` describes it."""
+    batch = fill(source, layout, blocks)
+    for number, other in enumerate(also, 1):
+        batch |= {f"{number}/{name}": values for name, values in fill(*other, blocks).items()}
+    return batch
+
+
+def of_layout(batch: dict[str, Any], number: int, pictures: Iterable[str]) -> dict[str, Any]:
+    """The arrays of one way of laying out rows: of the first, 0, or of the i-th of `also`.
+
+    Args:
+      batch: of `batches` or `fill_all`.
+      number: of the way.
+      pictures: names of arrays that all share, as far as it reads them.
+    """
+    prefix = f"{number}/" if number else ""
+    own = {name.removeprefix(prefix): x for name, x in batch.items() if name.startswith(prefix)}
+    rows = {name: x for name, x in own.items() if name in (*_BY_ROW, *_QUESTIONS)}
+    return rows | {name: batch[name] for name in pictures}
 
 
 def _start_worker(folder: Path | None, index: int, count: int) -> None:
     serve_parent(folder)
-
-
-class _Plans:
-    """The plans of all epochs, behind one another, each made once.
-
-    A plan of a large data set takes seconds, so workers share them as files of a folder: whoever needs one
-    first makes it, which is usually the parent, half an epoch ahead.
-    """
-
-    def __init__(self, plan_of: PlanOf, shared: bool = False, folder: Path | None = None) -> None:
-        self.plan_of = plan_of
-        self.folder = Path(tempfile.mkdtemp(prefix="vlmscale-")) if shared else folder
-        self._known: dict[int, Plan] = {}
-        self._ends: list[int] = []  # blocks up to the end of each epoch
-        self._making, self._counting = threading.Lock(), threading.Lock()
-        self._ahead = 0  # the last epoch that was asked for ahead
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Plans, (self.plan_of, False, self.folder)
-
-    def remove(self) -> None:
-        """Remove the folder, which also sends the workers away (`serve_parent`)."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def block(self, number: int) -> list[np.ndarray]:
-        """Sample numbers of each row of a block."""
-        epoch, start, _ = self._locate(number)
-        return self._epoch(epoch).block(number - start)
-
-    def look_ahead(self, number: int) -> None:
-        """Begin to make the next epoch's plan once block `number` lies in the second half of an epoch."""
-        epoch, start, end = self._locate(number)
-        if 2 * number >= start + end and self._ahead < epoch + 1:
-            self._ahead = epoch + 1
-            threading.Thread(target=self._make_ahead, args=(epoch + 1,), name="plan", daemon=True).start()
-
-    def _make_ahead(self, epoch: int) -> None:
-        with contextlib.suppress(Exception):  # whoever needs the plan makes it again, and meets the error
-            self._epoch(epoch)
-
-    def _locate(self, number: int) -> tuple[int, int, int]:
-        """The epoch of a block, and the first block of that and of the next."""
-        with self._counting:
-            while not self._ends or self._ends[-1] <= number:
-                blocks = self._blocks(len(self._ends))
-                if not blocks:
-                    raise UserError("no conversation is left to train on: all were set aside")
-                self._ends.append(blocks + (self._ends[-1] if self._ends else 0))
-            epoch = int(np.searchsorted(self._ends, number, side="right"))
-            return epoch, self._ends[epoch - 1] if epoch else 0, self._ends[epoch]
-
-    def _blocks(self, epoch: int) -> int:
-        """Blocks of an epoch, without its plan where that can be: a resume passes all epochs before."""
-        rows = self.plan_of.rows(epoch) if isinstance(self.plan_of, Counted) else None
-        return self._epoch(epoch).blocks if rows is None else rows  # in blocks of one
-
-    def _epoch(self, epoch: int) -> Plan:
-        known = self._known.get(epoch)  # without the lock: another epoch may be in the making
-        if known is not None:
-            return known
-        with self._making:
-            if epoch not in self._known:
-                self._known[epoch] = self.plan_of(epoch) if self.folder is None else self._share(epoch)
-                for old in sorted(self._known)[:-_KNOWN]:
-                    del self._known[old]
-            return self._known[epoch]
-
-    def _share(self, epoch: int) -> Plan:
-        assert self.folder is not None
-        path = self.folder / f"{epoch}.npz"
-        with (self.folder / f"{epoch}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # gone with the process that holds it
-            if not path.exists():
-                plan, temporary = self.plan_of(epoch), self.folder / f"{epoch}.tmp"
-                with temporary.open("wb") as file:
-                    np.savez(file, samples=plan.samples, row_offsets=plan.row_offsets, rows=plan.rows)
-                temporary.replace(path)
-        with np.load(path) as arrays:
-            return Plan(arrays["samples"], arrays["row_offsets"], int(arrays["rows"]))

@@ -72,3 +72,17 @@ class Schedule:
         if all(weight == 1 for weight in self.weights):
             return every
         return every[epoch_samples([len(part) for part in self.usable], self.weights, self.seed, epoch)]
+
+    def same_order(self, other: Schedule) -> bool:
+        """Whether the same samples stand in the same rows of every epoch, whatever positions they take."""
+        shared = ["words", "images"] if self.packing == "modality_length" else []
+        shared += ["sizes", "images"] if self.packing == "pack" else []
+        mine, theirs = (
+            (each.packing, each.shape.rows, each.weights, each.batch_size, each.seed)
+            for each in (self, other)
+        )
+        return (
+            mine == theirs
+            and all(np.array_equal(getattr(self, name), getattr(other, name)) for name in shared)
+            and all(np.array_equal(a, b) for a, b in zip(self.usable, other.usable, strict=True))
+        )

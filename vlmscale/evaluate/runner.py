@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from vlmscale import __version__
 from vlmscale.compressors import COMPRESSORS, label, parse_options
-from vlmscale.compressors.features import abstract_features, tower_features
-from vlmscale.config import Cell, DataConfig, check_evaluable, parse_mixture
+from vlmscale.compressors.features import tower_features
+from vlmscale.config import Cell, DataConfig
 from vlmscale.cost import flops
 from vlmscale.cost.image import Sample, image_flops, sample_flops
 from vlmscale.data.conversation import IMAGE_MARK
 from vlmscale.data.images import ImageError, decode_image
-from vlmscale.data.pipeline import in_order
 from vlmscale.data.records import PLACEHOLDER
 from vlmscale.data.sources import PictureReader
 from vlmscale.errors import UserError
@@ -40,12 +40,17 @@ from vlmscale.models.decoder import unstack
 from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.models.vlm import VLM
 from vlmscale.records import ResultRow, git_commit, now, read_json, read_rows, write_lines
-from vlmscale.sharding import make_mesh, replicated
+from vlmscale.sharding import make_mesh
 from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.frozen import load_tower, needs_of
-from vlmscale.train.loop import HELDOUT_BATCH, load_prepared, mean_loss, with_sharding
+from vlmscale.train.heldout import heldout_rows, mean_loss
 from vlmscale.train.prepared import Prepared, pixels_of
-from vlmscale.train.step import build_model, init_params, plain_loss_sum, with_tower_outputs
+from vlmscale.train.recipe import stages
+from vlmscale.train.run import CHECKPOINTS, load_prepared
+from vlmscale.train.state import first_params, lay_out
+from vlmscale.train.step import build_model, plain_loss_sum, with_tower_outputs
+from vlmscale.train.together import read_together
+from vlmscale.validation import check_evaluable
 from vlmscale.weights import tree
 
 SCORER = "exact_match"
@@ -55,20 +60,27 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A trained run, ready to answer: `params` are in the decoder's "loop" layout."""
+    """A trained run, ready to answer.
+
+    Attributes:
+      params: of decoder, in its "loop" layout, and compressor.
+      tower: of the tower where the run computes with it, trained or not; else None.
+    """
 
     path: Path
     cell: Cell
     sweep: str
     cell_id: str
+    cohort_id: str
     prepared: Prepared
     params: dict[str, Any]
+    tower: dict[str, Any] | None
     _pictures: dict[str, list[PictureReader | None]] = field(default_factory=dict, repr=False)
 
     def pictures(self, split: str) -> list[PictureReader | None]:
         """How the pictures of each data set of a split are read; None of a blind model."""
         if split not in self._pictures:
-            self._pictures[split] = self.prepared.pictures(split, self.cell)
+            self._pictures[split] = self.prepared.pictures(split, [self.cell])
         return self._pictures[split]
 
 
@@ -82,26 +94,19 @@ def load_run(path: Path) -> LoadedRun:
     if not (path / "done.json").exists():
         raise UserError(f"{path}: training is not finished (no done.json); run `vlmscale train` again")
     cell, prepared = load_prepared(path)
-    abstract = abstract_params(cell, prepared.manifest["vocab_size"])
-    checkpoints = Checkpoints(path)
-    params = checkpoints.restore_params(with_sharding(abstract, replicated(make_mesh())))
+    model, tower = build_model(cell, prepared.vocab_rows(cell)), prepared.tower(cell)
+    places = lay_out(cell, model, make_mesh(), tower, jnp.float32)
+    checkpoints = Checkpoints(path / CHECKPOINTS)
+    found = checkpoints.restore_latest({"params": places.trained})
     checkpoints.close()
+    if found is None:
+        raise UserError(f"{path / CHECKPOINTS}: no checkpoint to read; train the run again")
+    frozen, _ = first_params(cell, model, places, tower, places.frozen)
+    params = {**frozen, **found[1]["params"]}
     params["decoder"] = unstack(params["decoder"])
-    return LoadedRun(path, cell, spec["sweep"], spec["cell_id"], prepared, params)
-
-
-def abstract_params(cell: Cell, vocab_size: int) -> Any:
-    """Shapes of a cell's parameters, without making them."""
-    model = build_model(cell, vocab_size)
-    ids = jax.ShapeDtypeStruct((1, cell.compressor.visual_tokens + 8), np.int32)
-    flags = jax.ShapeDtypeStruct(ids.shape, bool)
-    names = ("tokens", "positions", "segment_ids", "target_positions", "query_tokens")
-    batch: dict[str, Any] = dict.fromkeys(names, ids) | dict.fromkeys(("image_slots", "target_mask"), flags)
-    batch["query_length"] = jax.ShapeDtypeStruct((1,), np.int32)
-    if cell.compressor.visual_tokens:
-        given = abstract_features(TOWERS[cell.tower.name], needs_of(cell))._asdict()
-        batch |= {name: shapes for name, shapes in given.items() if shapes is not None}
-    return jax.eval_shape(lambda batch: init_params(model, batch, 0), batch)
+    used = params.pop("tower", None)
+    ids = spec["cell_id"], spec.get("cohort_id", spec["cell_id"])
+    return LoadedRun(path, cell, spec["sweep"], *ids, prepared, params, used)
 
 
 class Said(NamedTuple):
@@ -117,9 +122,8 @@ def answer_items(
 ) -> list[Said]:
     """Greedy answers in the order of `items`, with so many visual tokens a picture (at most, if adaptive)."""
     cell, template = run.cell, run.prepared.template
-    constants = run.prepared.constants(cell)
     prompts = [template.prompt(item.question, item.history) for item in items]
-    model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop", visual_tokens)
+    model = build_model(cell, run.prepared.vocab_rows(cell), "loop", visual_tokens)
     generate = make_generate(model, cell.evaluate.max_new_tokens, template.stop_ids)
     queries = embed_queries(run, model, [first_question(item) for item in items])
     size = min(cell.evaluate.batch_size, len(items))
@@ -133,7 +137,7 @@ def answer_items(
         batch |= _pictures(run, split, [items[i] for i in rows], slots)
         if queries is not None:
             batch["text_query"] = np.repeat(queries[rows], slots, axis=0)
-        batch = _complete(model, batch | constants)
+        batch = _complete(model, batch, run.tower)
         ids = np.asarray(generate(run.params, batch)).tolist()
         shown = np.array([items[i].images for i in rows])[:, None] > np.arange(slots)
         counts = (shown * visual_counts(run, model, batch, shown.size).reshape(shown.shape)).sum(1).tolist()
@@ -232,7 +236,7 @@ def evaluate(
     chosen = [item for item in items if tasks is None or item.task in tasks]
     counts = visual_tokens or run.cell.evaluate.visual_tokens or (run.cell.compressor.visual_tokens,)
     rows: list[ResultRow] = []
-    sample = training_sample(run)
+    sample = run.prepared.samples("train", run.cell).average()
     for number, count in enumerate(counts):
 
         def tell(done: int, total: int, before: int = number) -> None:
@@ -262,7 +266,7 @@ def _rows(
     # Of an adaptive method the mean over pictures is its V, for tasks without pictures too.
     given = sum(said.visual_tokens for _, said in answered)
     mean_tokens = given / pictures if pictures else float(visual_tokens)
-    trained = sample_flops(cell, run.prepared.tokenizer.get_vocab_size(), sample, mean_tokens)
+    trained = sample_flops(cell, run.prepared.vocab_rows(cell), sample, mean_tokens)
     costs = Costs(visual_tokens, mean_tokens, heldout_loss(run, visual_tokens), trained)
     many = COMPRESSORS[cell.compressor.name].nested is not None and visual_tokens > 0
     by_task: dict[str, list[tuple[Item, Said]]] = {}
@@ -299,7 +303,7 @@ class Costs(NamedTuple):
 def _row(run: LoadedRun, split: str, answered: list[tuple[Item, Said]], costs: Costs) -> ResultRow:
     cell, template, visual_tokens = run.cell, run.prepared.template, costs.visual_tokens
     llm, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
-    vocab = run.prepared.tokenizer.get_vocab_size()
+    vocab = run.prepared.vocab_rows(cell)
     scores = [SCORERS[SCORER](said.text, item.truth) for item, said in answered]
     prompts = [text_tokens(template.prompt(item.question, item.history)) for item, _ in answered]
     text, generated = float(np.mean(prompts)), float(np.mean([said.tokens for _, said in answered]))
@@ -319,7 +323,7 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, Said]], costs: C
     return ResultRow(
         run_id=f"{run.sweep or 'run'}-{run.cell_id}",
         cell_id=run.cell_id,
-        cohort_id=run.cell_id,
+        cohort_id=run.cohort_id,
         sweep=run.sweep,
         seed=cell.train.seed,
         llm_name=cell.llm.name,
@@ -340,7 +344,7 @@ def _row(run: LoadedRun, split: str, answered: list[tuple[Item, Said]], costs: C
         image_size=tower.image_size,
         data_mix=data_mix(cell.data),
         data_samples=samples_seen(run),
-        stage_steps=[cell.train.steps],
+        stage_steps=[stage.train.steps for stage in stages(cell)],
         lr=cell.train.learning_rate,
         train_flops=round(costs.per_sample * samples_seen(run)),
         infer_flops=round(per_item * sum(image) + llm_flops),
@@ -392,22 +396,12 @@ def heldout_loss(run: LoadedRun, visual_tokens: int) -> float | None:
         logged = [line["heldout_loss"] for line in map(json.loads, lines) if "heldout_loss" in line]
         return logged[-1] if logged else None
     smaller = replace(cell, compressor=replace(cell.compressor, visual_tokens=visual_tokens))
-    samples, constants = prepared.samples("validation", smaller), prepared.constants(cell)
-    model = build_model(cell, prepared.manifest["vocab_size"], "loop", visual_tokens)
+    reading = read_together(prepared, "validation", [smaller], training=False)
+    model = build_model(cell, prepared.vocab_rows(cell), "loop", visual_tokens)
     sums = jax.jit(lambda params, batch: plain_loss_sum(model, params, batch))
-    stream = in_order(samples.source, samples.one_per_row(), HELDOUT_BATCH, samples=samples.usable)
-    return mean_loss(lambda batch: sums(run.params, batch | constants), stream)
-
-
-def training_sample(run: LoadedRun) -> Sample:
-    """The average training sample; padding is not counted."""
-    weights, sums = [weight for _, weight in parse_mixture(run.cell.data.prepared)] or [1.0], []
-    for weight, lengths in zip(weights, run.prepared.samples("train", run.cell).by_dataset, strict=True):
-        used = lengths.supervised > 0
-        columns = (lengths.text, lengths.supervised, lengths.query, lengths.images)
-        sums.append([weight * used.sum(), *(weight * column[used].sum() for column in columns)])
-    count, text, targets, query, images = np.sum(sums, axis=0)
-    return Sample(float(text / count), float(targets / count), float(query / count), float(images / count))
+    params = run.params | ({} if run.tower is None else {"tower": run.tower})
+    stream = reading.in_order(heldout_rows(reading, make_mesh()), (0, 1))
+    return mean_loss(lambda batch: sums(params, batch), stream)
 
 
 def samples_seen(run: LoadedRun) -> int:
@@ -452,11 +446,13 @@ def answer_one(
         if not slots:
             raise UserError(f"{run.path}: was trained without pictures; leave --image away")
     if slots:
-        needs, constants = needs_of(cell), run.prepared.constants(cell)
-        weights = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name, needs)
+        needs, weights = needs_of(cell), run.tower
+        if weights is None:  # training read what was stored
+            weights = load_tower(run.prepared.path / "tower.safetensors", cell.tower.name, needs)
         encode = jax.jit(tower_features, static_argnums=(0, 3))
-        batch |= encode(tower, weights, pixels, needs) | constants
-    model = build_model(cell, run.prepared.tokenizer.get_vocab_size(), "loop", slots)
+        batch |= encode(tower, weights, pixels, needs)
+    model = build_model(cell, run.prepared.vocab_rows(cell), "loop", slots)
+    batch = with_tower_outputs(model, batch, run.tower)
     queries = embed_queries(run, model, [asked])
     if queries is not None:
         batch["text_query"] = queries

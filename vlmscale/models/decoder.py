@@ -246,6 +246,12 @@ class Decoder(nn.Module):
         )
 
 
+def head_table(size: DecoderSize, params: dict[str, Any]) -> jax.Array:
+    """What makes logits of hidden states, [vocab, D]: the head, or the embedding that it is tied to."""
+    table: jax.Array = params["embedding" if size.tied_embeddings else "head"]
+    return table
+
+
 def unstack(params: dict[str, Any]) -> dict[str, Any]:
     """Decoder parameters of the "scan" layout in the "loop" layout."""
     stacked = params["layers"]

@@ -244,15 +244,17 @@ class VisionTower(nn.Module):
         # The projections of block i need its input, which is hidden state i.
         deepest = max((*layers, *projection_layers), default=0)
         hidden, projections = {0: x}, {}
+        # Of a tower that trains the backward pass computes each block again: scores of patches are large.
+        remat = nn.remat(EncoderBlock)
         for index in range(deepest):
-            x, projections[index] = self._block(index)(x)
+            x, projections[index] = self._block(index, remat)(x)
             hidden[index + 1] = x
         if deepest in projection_layers:
             _, projections[deepest] = self._block(deepest)(x, run=False)
         return TowerOutputs({i: hidden[i] for i in layers}, {i: projections[i] for i in projection_layers})
 
-    def _block(self, index: int) -> EncoderBlock:
-        return EncoderBlock(self.size, self.dtype, self.attention, name=f"block_{index}")
+    def _block(self, index: int, kind: type[EncoderBlock] = EncoderBlock) -> EncoderBlock:
+        return kind(self.size, self.dtype, self.attention, name=f"block_{index}")
 
     def _embed(self, images: jax.Array) -> jax.Array:
         """The input of the first block: [B, H, W, 3] to [B, T, C]."""

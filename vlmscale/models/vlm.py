@@ -178,10 +178,13 @@ class VLM(nn.Module):
 
     def __call__(self, inputs: Inputs, target_positions: jax.Array) -> jax.Array:
         """Logits at chosen positions only: [B, T] tokens and [B, K] positions to float32 [B, K, vocab]."""
+        return self.decoder.logits(self.states(inputs, target_positions))
+
+    def states(self, inputs: Inputs, target_positions: jax.Array) -> jax.Array:
+        """Final hidden states at chosen positions: [B, T] tokens and [B, K] positions to [B, K, D]."""
         embedded = self.embed(inputs)
         hidden = self.decoder(embedded.embeddings, embedded.positions, embedded.segment_ids)
-        chosen = jnp.take_along_axis(hidden, target_positions[:, :, None], axis=1)
-        return self.decoder.logits(chosen)
+        return jnp.take_along_axis(hidden, target_positions[:, :, None], axis=1)
 
     def visual_counts(self, inputs: Inputs) -> jax.Array:
         """How many tokens each image gives: [N] int32, of which only an adaptive method's differ."""

@@ -1,50 +1,42 @@
-"""The training loop of one cell: open the run, restore or initialise, step, log, save, finish.
+"""The training loop of a cohort: open, restore or begin, step, log, save, finish. A run is a cohort of one.
 
-Order inside the loop: step -> metrics -> (held-out loss) -> metrics to disk -> save. Metrics reach the
-disk before the checkpoint of the same step, so a resume never misses a line and repeats none.
+Order inside the loop: step -> (held-out loss) -> metrics to disk -> save. Metrics reach the disk before the
+checkpoint of the same step, so a resume never misses a line and repeats none.
 """
 
 from __future__ import annotations
 
-import fcntl
-import math
-import os
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
+import numpy as np
 from jax.sharding import Mesh
 
-from vlmscale.config import Cell, cell_id, from_dict, leaves, to_dict
-from vlmscale.data.pipeline import Batch, batches, fill, in_order
-from vlmscale.errors import UserError
-from vlmscale.models.vlm import VLM
-from vlmscale.records import Metrics, Status, environment, make_directory, read_json, write_json
-from vlmscale.sharding import check_batch, make_mesh, put_batch, replicated
+from vlmscale.distributed import agree, host_part, leader
+from vlmscale.records import make_directory, read_json, write_json
+from vlmscale.sharding import check_batch
 from vlmscale.train.checkpoint import Checkpoints
+from vlmscale.train.cohort import Group, Groups, Member, faster_together
 from vlmscale.train.feed import Feed
-from vlmscale.train.prepared import Prepared, load_manifest
-from vlmscale.train.step import (
-    TrainState,
-    build_model,
-    init_state,
-    loss_sum,
-    make_optimizer,
-    make_train_step,
-)
+from vlmscale.train.heldout import Heldout
+from vlmscale.train.journal import Journal, tell_layout
+from vlmscale.train.preemption import Preemption
+from vlmscale.train.prepared import Prepared
+from vlmscale.train.run import CHECKPOINTS
+from vlmscale.train.state import choose_mesh
+from vlmscale.train.together import Encode, Reading, make_encode, make_put, read_together
+from vlmscale.train.watch import Means, Meter, Window
 from vlmscale.weights import tree
 
-_FLUSH_EVERY = 25  # steps whose metrics are fetched from the device together
-HELDOUT_BATCH = 200
-_FEW = 0.5  # a share of image slots that is worth a word
-Progress = Callable[[int, int, float], None]
-Put = Callable[[Batch], dict[str, Any]]  # a host batch onto the devices, with what every batch shares
+_FLUSH_EVERY = 25  # logged steps whose values are fetched from the devices together, at most
+_FLUSH_S = 2.0  # or once so many seconds have passed
+Progress = Callable[[int, int, str], None]
 
 
 class PreemptedError(Exception):
@@ -52,291 +44,289 @@ class PreemptedError(Exception):
 
 
 @dataclass
-class Signals:
-    """Whether SIGTERM or SIGINT has asked for a stop."""
+class Running:
+    """The pieces of a cohort that the loop needs."""
 
-    received: int = 0
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[Signals]:
-    """Turn SIGTERM and SIGINT into a flag for as long as the loop runs."""
-    signals = Signals()
-
-    def remember(number: int, _: Any) -> None:
-        signals.received = number
-
-    previous = {number: signal.signal(number, remember) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def open_run(cell: Cell, run: Path, data: Path, sweep: str) -> None:
-    """Make the run directory, or check that it belongs to this cell.
-
-    Args:
-      cell: the config.
-      run: its directory.
-      data: the prepared data, named in spec.json relative to the run.
-      sweep: name of the sweep, "" for a single run.
-
-    A directory of another config is taken over only while nothing was trained in it; fields that change no
-    result follow the newest config.
-
-    Raises:
-      UserError: another config was trained there, or it cannot be written.
-    """
-    make_directory(run)
-    spec, own = run / "spec.json", cell_id(cell)
-    trained = (run / "done.json").exists() or Checkpoints.any_in(run)
-    if spec.exists() and trained and (known := read_json(spec))["cell_id"] != own:
-        raise UserError(
-            f"{run}: holds cell {known['cell_id']}, this config is cell {own}"
-            f"{_differences(known['config'], cell)}; choose another --out"
-        )
-    where = os.path.relpath(data.resolve(), run.resolve())
-    write_json(spec, {"cell_id": own, "sweep": sweep, "data": where, "config": to_dict(cell)})
-
-
-def _differences(known: dict[str, Any], wanted: Cell) -> str:
-    """The first keys that matter in which two configs differ, for a message."""
-    theirs = {name: value for name, value, _ in leaves(from_dict(known))}
-    counting = [row for row in leaves(wanted) if row[2].get("changes_result", True)]
-    found = [
-        f"{name} is {theirs[name]} there and {value} here"
-        for name, value, _ in counting
-        if theirs[name] != value
-    ]
-    if not found:
-        files = [name for name, value, about in counting if value and (about.keys() & {"content", "mixture"})]
-        return f" (what a file holds has changed: {', '.join(files)})"
-    return f" ({', '.join(found[:3])})"
-
-
-@contextmanager
-def exclusive(run: Path, wait: bool) -> Iterator[None]:
-    """Hold a run's lock until the block or the process ends, however it ends.
-
-    Args:
-      run: the run directory.
-      wait: wait for whoever holds it, instead of refusing.
-
-    Raises:
-      UserError: another process works on the run and `wait` is False.
-    """
-    with (run / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError as error:
-            raise UserError(f"{run}: another process is working on this run") from error
-        yield
-
-
-def load_prepared(run: Path) -> tuple[Cell, Prepared]:
-    """The config of an opened run and its prepared data.
-
-    Raises:
-      UserError: not a run directory, or its data is gone.
-    """
-    spec = read_json(run / "spec.json")
-    data = run / spec["data"]
-    return from_dict(spec["config"]), Prepared(data, load_manifest(data))
-
-
-@dataclass
-class Run:
-    """The pieces of a running cell that the loop needs."""
-
-    cell: Cell
-    train_step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-    heldout: Callable[[Any], float] | None
-    metrics: Metrics
+    members: Sequence[Member]
+    groups: Groups
+    reading: Reading
+    encode: Encode
+    heldout: Heldout | None
+    journal: Journal
     checkpoints: Checkpoints
-    signals: Signals
+    preemption: Preemption
+    window: Window
     progress: Progress
+    meter: Meter = field(default_factory=Meter)
+    means: list[Means] = field(default_factory=list)
+
+    def take(self) -> list[dict[str, jax.Array] | None]:
+        """Means of every living group since the last call; of others None."""
+        pairs = zip(self.groups.groups, self.means, strict=True)
+        return [means.take() if group.alive else None for group, means in pairs]
+
+    @property
+    def alive(self) -> list[Group]:
+        """Groups with a cell that still trains."""
+        return [group for group in self.groups.groups if group.alive]
 
 
 def train(
-    cell: Cell,
-    run: Path,
+    members: Sequence[Member],
+    folder: Path,
     prepared: Prepared,
     progress: Progress,
     tell: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Train one opened cell to its last step, resuming from its last good checkpoint.
+    """Train the opened cells of a cohort to their last step, resuming from its last good checkpoint.
 
-    `tell` is called with what is to be known of the data before the first step.
+    Cells whose numbers stop being finite are left behind, marked as failed in status.json, and the others go
+    on.
+
+    Args:
+      members: cells that read the same samples in the same order, with their run directories.
+      folder: of the cohort, where checkpoints lie; of a cohort of one its run directory.
+      prepared: their data.
+      progress: called with (step, steps, text).
+      tell: called with what is to be known before the first step.
 
     Raises:
-      PreemptedError: a signal asked to stop; the state is saved.
-      FloatingPointError: the loss is not finite; the message names the step.
+      PreemptedError: something asked to stop; the state is saved.
+      FloatingPointError: no cell has finite numbers any more; the message names step and records.
+      UserError: a config that does not fit data, devices or what is on disk.
     """
-    if (run / "done.json").exists():
+    if all((member.run / "done.json").exists() for member in members):
         return
-    mesh = make_mesh()
-    started = time.monotonic()
-    checkpoints, status = Checkpoints(run), Status(run)
-    step, before = checkpoints.latest() or 0, status.read()
-    resumed = before["resumed_from"] + ([step] if before["attempts"] else [])
-    write_json(run / "env.json", environment(jax.devices()[0].device_kind))
-    status.update(state="running", attempts=before["attempts"] + 1, resumed_from=resumed, last_error=None)
-    samples = prepared.samples("train", cell)
-    layout, schedule = samples.training()
-    check_batch(cell.train.batch_size, mesh, layout.shape.rows)
-    layout_of_rows = samples.describe(layout, schedule)
-    write_json(run / "data.json", layout_of_rows)
-    if layout_of_rows["image_slots_used"] < _FEW and cell.compressor.visual_tokens:
-        share = layout_of_rows["image_slots_used"]
-        tell(
-            f"only {share:.0%} of the image slots are used; with data.packing=pack and data.row_length rows "
-            "share them"
-        )
-    if layout_of_rows["cut"]:
-        tell(
-            f"{layout_of_rows['cut']} conversations are cut at data.row_length={cell.data.row_length}; "
-            f"{layout_of_rows['left_out']} of them have no word of an answer within it and are left out"
-        )
-    model = build_model(cell, prepared.tokenizer.get_vocab_size())
-    optimizer = make_optimizer(cell.train)
-    constants = jax.device_put(prepared.constants(cell), replicated(mesh))
-
-    def put(batch: Batch) -> dict[str, Any]:
-        return put_batch(batch, mesh) | constants
-
-    mine = {"process": jax.process_index(), "processes": jax.process_count()}
-    size, workers = cell.train.batch_size, cell.data.workers
-    stream = batches(samples.source, layout, schedule, size, step, workers=workers, **mine)
-    local = cell.train.batch_size // jax.process_count()
-    nothing: list[list[list[int]]] = [[[]] * layout.shape.rows] * (local // layout.shape.rows)
-    example = put(fill(samples.source, layout, nothing))  # for its shapes
-    packed = model.clone(block_rows=layout.shape.rows)
-    state = _first_state(cell, packed, optimizer, example, mesh, checkpoints, step)
-    train_step = jax.jit(make_train_step(packed, optimizer, cell.train.seed), donate_argnums=0)
-    heldout = _make_heldout(cell, prepared, model, mesh, put)
-    metrics = Metrics(run / "metrics.jsonl", step)
+    mesh = choose_mesh([member.cell for member in members], prepared)
+    journal = Journal(members, mesh.size, tell)
+    journal.begin(jax.devices()[0].device_kind)
     try:
-        with closing(checkpoints), closing(metrics), stop_on_signal() as signals, Feed(stream, put) as feed:
-            pieces = Run(cell, train_step, heldout, metrics, checkpoints, signals, progress)
-            state = _loop(pieces, state, step, feed)
+        with jax.set_mesh(mesh):
+            _train(members, folder, prepared, mesh, journal, progress, tell)
     except PreemptedError:
-        status.update(state="preempted")
+        journal.status(state="preempted")
         raise
     finally:
-        status.update(wall_s=before.get("wall_s", 0.0) + time.monotonic() - started)
-    done = {
-        "steps": cell.train.steps,
-        "wall_s": status.read()["wall_s"],
-        "resumed_from": resumed,
-        "params_sha256": tree.sha256(state.params),
-    }
-    write_json(run / "done.json", done)
+        journal.took()
 
 
-def _first_state(
-    cell: Cell,
-    model: VLM,
-    optimizer: optax.GradientTransformation,
-    batch: dict[str, jax.Array],
+def _train(
+    members: Sequence[Member],
+    folder: Path,
+    prepared: Prepared,
     mesh: Mesh,
-    checkpoints: Checkpoints,
-    step: int,
-) -> TrainState:
-    """Restore step `step`, or initialise when it is 0, straight onto the mesh; `batch` gives shapes."""
-    everywhere = replicated(mesh)
-    if not step:
-        init = jax.jit(lambda b: init_state(model, optimizer, b, cell.train.seed), out_shardings=everywhere)
-        return init(batch)
-    shapes = jax.eval_shape(lambda b: init_state(model, optimizer, b, cell.train.seed), batch)
-    return checkpoints.restore(step, with_sharding(shapes, everywhere))
-
-
-def with_sharding(shapes: Any, sharding: jax.sharding.Sharding) -> Any:
-    """The same tree of ShapeDtypeStructs, placed."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-
-
-def _loop(run: Run, state: TrainState, step: int, feed: Feed[dict[str, Any]]) -> TrainState:
-    config = run.cell.train
-    waiting: list[tuple[int, dict[str, Any]]] = []
-    input_waits: list[float] = []  # seconds, of the steps since the last that was logged
-    while step < config.steps:
-        batch = next(feed)
-        input_waits.append(feed.wait_s)
-        state, values = run.train_step(state, batch)
-        step += 1
-        last = step == config.steps
-        with_heldout = step % config.heldout_every == 0 or last
-        if step % config.log_every == 0 or with_heldout:
-            waiting.append((step, values | {"input_wait_s": sum(input_waits) / len(input_waits)}))
-            input_waits.clear()
-        due = step % config.checkpoint_every == 0 or last
-        if due or with_heldout or len(waiting) >= _FLUSH_EVERY:
-            loss = _write_metrics(run, waiting, state, step, with_heldout)
-            run.progress(step, config.steps, loss)
-        stopping = run.signals.received != 0  # read once: one that comes later stops the next step
-        if stopping:
-            _write_metrics(run, waiting, state, step, with_heldout)
-        if due or stopping:
-            _check_finite(step, float(values["loss"]))  # also where this step is not logged
-            run.checkpoints.save(step, state)
-        if stopping and not last:
-            run.checkpoints.wait()
-            name = signal.Signals(run.signals.received).name
-            raise PreemptedError(f"stopped by {name} at step {step}; saved, run again to go on")
-    return state
-
-
-def _write_metrics(
-    run: Run,
-    waiting: list[tuple[int, dict[str, Any]]],
-    state: TrainState,
-    step: int,
-    with_heldout: bool,
-) -> float:
-    """Bring waiting metrics to disk; refuse a loss that is not finite. Returns the last loss."""
-    loss = math.nan
-    for number, values in waiting:
-        numbers = {name: float(value) for name, value in jax.device_get(values).items()}
-        loss = numbers["loss"]
-        _check_finite(number, loss)
-        if run.heldout is not None and number == step and with_heldout:
-            numbers["heldout_loss"] = run.heldout(state.params)
-        run.metrics.write(number, **numbers)
-    waiting.clear()
-    run.metrics.flush()
-    return loss
-
-
-def _check_finite(step: int, loss: float) -> None:
-    if not math.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss} at step {step}; lower train.learning_rate")
-
-
-def _make_heldout(
-    cell: Cell, prepared: Prepared, model: VLM, mesh: Mesh, put: Put
-) -> Callable[[Any], float] | None:
-    """Mean loss per supervised token on the validation split; None where there is no such split."""
-    if "validation" not in prepared.manifest["records"]:
-        return None
-    samples = prepared.samples("validation", cell)
-    layout = samples.one_per_row()
-    size = -(-HELDOUT_BATCH // mesh.size) * mesh.size
-    sums = jax.jit(lambda params, batch: loss_sum(model, params, batch))
-
-    def heldout(params: Any) -> float:
-        part = {"process": jax.process_index(), "processes": jax.process_count()}
-        return mean_loss(
-            lambda batch: sums(params, put(batch)),
-            in_order(samples.source, layout, size, samples=samples.usable, **part),
+    journal: Journal,
+    progress: Progress,
+    tell: Callable[[str], None],
+) -> None:
+    cells = [member.cell for member in members]
+    train, data, part = cells[0].train, cells[0].data, host_part(mesh)
+    reading = read_together(prepared, "train", cells, training=True)
+    rows = reading.layout.shape.rows
+    check_batch(train.batch_size, mesh, rows, train.accumulate)
+    tell_layout(members, reading, tell)
+    checkpoints = Checkpoints(folder / CHECKPOINTS, train.keep, tell)
+    put = make_put(mesh, part, train.accumulate)
+    groups = _make_groups(members, folder, prepared, mesh, reading, put, tell)
+    step = _restore_or_begin(groups, checkpoints, journal, tell)
+    encode = make_encode(cells, groups.shared_tower, train.accumulate)
+    journal.open(step, groups.groups, reading, prepared)
+    with ExitStack() as stack:
+        stack.enter_context(closing(checkpoints))
+        stack.enter_context(closing(journal))
+        preemption = stack.enter_context(Preemption())
+        window = stack.enter_context(closing(Window(folder, train.profile)))
+        stream = reading.training(train.batch_size, step, data.workers, part)
+        feed = stack.enter_context(Feed(stream, put))
+        heldout = Heldout.of(groups, prepared, mesh, part)
+        running = Running(
+            members, groups, reading, encode, heldout, journal, checkpoints, preemption, window, progress
         )
+        _loop(running, step, feed)
+    _finish(groups, folder, journal)
 
-    return heldout
+
+def _make_groups(
+    members: Sequence[Member],
+    folder: Path,
+    prepared: Prepared,
+    mesh: Mesh,
+    reading: Reading,
+    put: Callable[[dict[str, np.ndarray]], dict[str, Any]],
+    tell: Callable[[str], None],
+) -> Groups:
+    """Lay the groups out; how cells of one shape run is decided once and kept in cohort.json."""
+    train, rows = members[0].cell.train, reading.layout.shape.rows
+    path = folder / "cohort.json"
+    known = read_json(path)["batched"] if path.exists() else {}
+    decided: dict[str, Any] = {}
+
+    def batched(indices: Sequence[int]) -> bool:
+        if train.batch_cells != "auto":
+            return train.batch_cells == "always"
+        name = ",".join(str(index) for index in indices)
+        if name not in known:
+            trial = Groups(members, prepared, mesh, rows, lambda _: False)
+
+            def make(part: Sequence[int]) -> Group:
+                group = trial.lay_out(part, [members[index] for index in part])
+                trial.begin(group, lambda line: None)
+                return group
+
+            with reading.training(train.batch_size, 0, 0, host_part(mesh)) as stream:
+                host = next(stream)
+
+            @cache
+            def batch() -> dict[str, Any]:  # when the tower is there
+                return make_encode(reading.cells, trial.shared_tower, train.accumulate)(put(host))
+
+            seconds = faster_together(make, indices, lambda index: reading.of_cell(batch(), index))
+            tell(
+                f"{len(indices)} cells of one shape: a step takes {seconds['batched']:.3f} s batched and "
+                f"{seconds['apart']:.3f} s apart"
+            )
+            known[name] = bool(agree(int(seconds["batched"] < seconds["apart"])))
+            decided[name] = seconds
+        return bool(known[name])
+
+    groups = Groups(members, prepared, mesh, rows, batched)
+    if decided and leader():
+        make_directory(folder)
+        write_json(path, {"batched": known, "seconds": decided})
+    return groups
 
 
-def mean_loss(sums: Callable[[Batch], tuple[jax.Array, jax.Array]], stream: Iterable[Batch]) -> float:
-    """Loss per supervised token over all batches; `sums` gives the summed loss of one and its tokens."""
-    parts = [jax.device_get(sums(batch)) for batch in stream]
-    return float(sum(total for total, _ in parts) / max(sum(count for _, count in parts), 1))
+def _restore_or_begin(
+    groups: Groups, checkpoints: Checkpoints, journal: Journal, tell: Callable[[str], None]
+) -> int:
+    """Set the state of every group; the step that training goes on from."""
+    several = len(groups.groups) > 1
+    if checkpoints.latest() is not None:
+        for group in groups.groups:
+            group.failed = {at: step for at, m in enumerate(group.members) if (step := journal.failed_at(m))}
+        living = [group for group in groups.groups if group.alive]
+        wanted = {name: shape for group in living for name, shape in _items(group, group.abstract, several)}
+        found = checkpoints.restore_latest(wanted)
+        if found is not None:
+            step, items = found
+            for group in living:
+                group.state = _state(group, items, several)
+                groups.set_frozen(group, tell)
+            journal.resumed(step)
+            return step
+    for group in groups.groups:
+        group.failed = {}
+        groups.begin(group, tell)
+    journal.resumed(0)
+    return 0
+
+
+def _prefix(group: Group, several: bool) -> str:
+    """What a group's items are named with; of a cohort of one nothing, so that it is a plain run."""
+    return f"{group.members[0].run.name}." if several or len(group.members) > 1 else ""
+
+
+def _items(group: Group, state: Any, several: bool) -> list[tuple[str, Any]]:
+    """What a checkpoint holds of a group."""
+    prefix = _prefix(group, several)
+    return [
+        (f"{prefix}params", state.params),
+        (f"{prefix}opt_state", state.opt_state),
+        (f"{prefix}counters", {"step": state.step, "skipped": state.skipped}),
+    ]
+
+
+def _state(group: Group, items: dict[str, Any], several: bool) -> Any:
+    prefix = _prefix(group, several)
+    counters = items[f"{prefix}counters"]
+    return group.abstract._replace(
+        step=counters["step"],
+        params=items[f"{prefix}params"],
+        opt_state=items[f"{prefix}opt_state"],
+        skipped=counters["skipped"],
+    )
+
+
+def _loop(run: Running, step: int, feed: Feed[dict[str, Any]]) -> None:
+    config, alone, first = run.members[0].cell.train, jax.process_count() == 1, step + 1
+    run.means = [Means() for _ in run.groups.groups]
+    waiting: list[tuple[int, list[Any]]] = []
+    flushed = time.monotonic()
+    while step < config.steps:
+        step += 1
+        with run.window.step(step):
+            batch = run.encode(next(feed))
+            run.meter.step(feed.wait_s)
+            for group, means in zip(run.groups.groups, run.means, strict=True):
+                if group.alive:
+                    own = run.reading.of_cell(batch, group.indices[0])
+                    group.state, values = group.step(group.state, group.frozen, own, group.knobs)
+                    means.add(step, values)
+        run.window.after(step, [group.state for group in run.alive])
+        if step == first:  # most of it was compilation
+            jax.block_until_ready([group.state for group in run.alive])
+            run.meter.skip()
+        last = step == config.steps
+        with_heldout = run.heldout is not None and (step % config.heldout_every == 0 or last)
+        due = step % config.checkpoint_every == 0 or last
+        logged = step % config.log_every == 0 or with_heldout or due
+        if logged:
+            waiting.append((step, run.take()))
+        late = alone and time.monotonic() - flushed > _FLUSH_S
+        if due or with_heldout or len(waiting) >= _FLUSH_EVERY or (late and waiting):
+            _flush(run, waiting, with_heldout)
+            flushed = time.monotonic()
+        reason = run.preemption.requested(step)  # asked once: what comes later stops the next step
+        if reason and not logged:
+            waiting.append((step, run.take()))
+        if reason and waiting:
+            _flush(run, waiting, False)
+        if due or reason:
+            several = len(run.groups.groups) > 1
+            items = {name: x for group in run.alive for name, x in _items(group, group.state, several)}
+            run.checkpoints.save(step, items)
+        if reason and not last:
+            run.checkpoints.wait()
+            raise PreemptedError(f"stopped by {reason} at step {step}; saved, run again to go on")
+    run.checkpoints.wait()
+
+
+def _flush(run: Running, waiting: list[tuple[int, list[Any]]], with_heldout: bool) -> None:
+    """Bring waiting values to disk, of the last step with the held-out loss; leave failed cells behind."""
+    config, groups = run.members[0].cell.train, run.groups.groups
+    fetched = jax.device_get([values for _, values in waiting])
+    clock = run.meter.read()
+    text = ""
+    for (step, _), values in zip(waiting, fetched, strict=True):
+        losses: dict[int, float] = {}
+        if with_heldout and step == waiting[-1][0] and run.heldout is not None:
+            losses = run.heldout([group for group in groups if group.alive])
+        for group, own in zip(groups, values, strict=True):
+            if own is not None:
+                run.journal.write(step, group, own, clock, losses)
+        text = run.journal.live_line(groups, values, clock)
+    last = waiting[-1][0]
+    waiting.clear()
+    run.journal.flush()
+    if with_heldout:
+        run.meter.skip()
+    run.progress(last, config.steps, text)
+    if not run.alive:
+        raise FloatingPointError(run.journal.failure)
+
+
+def _finish(groups: Groups, folder: Path, journal: Journal) -> None:
+    """Write what remains of each cell: its parameters where its own directory lacks them, and done.json."""
+    for group in groups.groups:
+        for place, (index, member) in enumerate(zip(group.indices, group.members, strict=True)):
+            if place in group.failed or (member.run / "done.json").exists():
+                continue
+            params = group.params(place)
+            if member.run != folder:
+                own = Checkpoints(member.run / CHECKPOINTS)
+                if own.latest() is None:
+                    own.save(member.cell.train.steps, {"params": params})
+                own.close()
+            assert group.state is not None
+            skipped = group.of_cell(jax.device_get(group.state.skipped), place)
+            journal.done(index, tree.sha256(params), int(skipped))

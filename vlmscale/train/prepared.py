@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from vlmscale.compressors import COMPRESSORS
 from vlmscale.config import Cell, DataConfig, identity, parse_mixture
 from vlmscale.content import TOKENIZER_FILES, content_sha256
 from vlmscale.data import tokenizer as tokenizers
@@ -23,17 +22,15 @@ from vlmscale.data.conversation import Template, make_template
 from vlmscale.data.dataset import Dataset, read_manifest
 from vlmscale.data.images import preprocess
 from vlmscale.data.lengths import Lengths, Limits, concatenate, lengths_of, shorten
-from vlmscale.data.packing import Shape, choose_images
-from vlmscale.data.pipeline import Layout
-from vlmscale.data.schedule import Schedule
-from vlmscale.data.sources import DatasetSource, Joined, PictureReader, Pixels, Source, Stored
+from vlmscale.data.sources import DatasetSource, Joined, PictureReader, Pixels, Stored
 from vlmscale.data.splits import QUARANTINE, open_splits, prepare_records, quarantine_of, summarise, texts
 from vlmscale.data.store import open_store
 from vlmscale.errors import UserError
-from vlmscale.models.sizes import TOWERS
+from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.records import read_json, write_json, write_lines
 from vlmscale.train.features import FeatureJob, advise, estimate, pictures_of, write_features
 from vlmscale.train.frozen import needed_params, needs_of, tower_path
+from vlmscale.train.samples import Samples
 from vlmscale.weights import tree
 
 MANIFEST, TOWER = "manifest.json", "tower.safetensors"
@@ -90,35 +87,60 @@ class Prepared:
             for number, dataset in enumerate(self.datasets[split])
         ]
 
-    def pictures(self, split: str, cell: Cell) -> list[PictureReader | None]:
-        """How the cell reads the pictures of each data set; None of a blind model."""
-        if not cell.compressor.visual_tokens:
+    def vocab_rows(self, cell: Cell) -> int:
+        """Rows of a cell's embedding table: of the tokenizer, or of the checkpoint that it starts from.
+
+        Raises:
+          UserError: the tokenizer has more tokens than the checkpoint.
+        """
+        tokens: int = self.manifest["vocab_size"]
+        rows = SIZES[cell.llm.name].vocab_size if cell.llm.checkpoint else tokens
+        if tokens > rows:
+            raise UserError(
+                f"data.tokenizer={cell.data.tokenizer}: has {tokens} tokens, llm.name={cell.llm.name} has "
+                f"embeddings for {rows}; name the tokenizer of llm.checkpoint"
+            )
+        return rows
+
+    def pictures(self, split: str, cells: Sequence[Cell]) -> list[PictureReader | None]:
+        """How cells that share a tower read the pictures of each data set; None where all are blind."""
+        seeing = [cell for cell in cells if cell.compressor.visual_tokens]
+        if not seeing:
             return [None] * len(self.datasets[split])
+        cell, needs = seeing[0], frozenset().union(*map(needs_of, seeing))
         size = TOWERS[cell.tower.name]
         if cell.data.features == "computed":
             pixels = Pixels(size.image_size, size.mean, size.std, cell.data.image_mode)
             return [pixels] * len(self.datasets[split])
-        names = ("selected", *sorted(needs_of(cell) - {"tower"}))
+        names = ("selected", *sorted(needs - {"tower"}))
         keys = self.manifest["features"][split]
         stores = [open_store(_store_path(self.path, split, number), key) for number, key in enumerate(keys)]
         return [Stored(store, names) for store in stores]
 
-    def constants(self, cell: Cell) -> dict[str, Any]:
-        """What every batch holds of the tower: blocks that the compressor runs itself, as a field of
-        `Features`, and under "frozen" all that computes the tower's outputs where they are not stored.
+    @staticmethod
+    def needs_tower(cell: Cell) -> bool:
+        """Whether a cell computes with the tower: outputs that are not stored, or blocks that its compressor
+        runs itself.
         """
-        needs, computed = needs_of(cell), cell.data.features == "computed"
-        if not cell.compressor.visual_tokens or not (computed or "tower" in needs):
-            return {}
-        params = tree.load(self.path / TOWER)
-        blocks = (f"block_{index}" for index in range(TOWERS[cell.tower.name].select_layer))
-        tower = {"tower": {block: params[block] for block in blocks}} if "tower" in needs else {}
-        return tower | ({"frozen": params} if computed else {})
+        if not cell.compressor.visual_tokens:
+            return False
+        return cell.data.features == "computed" or "tower" in needs_of(cell)
 
-    def samples(self, split: str, cell: Cell) -> Samples:
-        """The conversations of a split as one cell reads them."""
+    def tower(self, cell: Cell) -> dict[str, Any] | None:
+        """The tower's parameters on the host where a cell computes with them."""
+        return tree.load(self.path / TOWER) if self.needs_tower(cell) else None
+
+    def samples(self, split: str, cell: Cell, readers: list[PictureReader | None] | None = None) -> Samples:
+        """The conversations of a split as one cell reads them.
+
+        Args:
+          split: "train", for one.
+          cell: the config.
+          readers: of the pictures of each data set; None for the cell's own.
+        """
         data, template, tokens = cell.data, self.template, cell.compressor.visual_tokens
         limits = Limits(data.max_text_tokens, data.row_length, tokens)
+        readers = self.pictures(split, [cell]) if readers is None else readers
         parts, lengths = self.datasets[split], self.lengths(split)
         fitted = [
             shorten(measured, dataset, template, limits)
@@ -126,7 +148,7 @@ class Prepared:
         ]
         sources = tuple(
             DatasetSource(dataset, template, pictures, limits)
-            for dataset, pictures in zip(parts, self.pictures(split, cell), strict=True)
+            for dataset, pictures in zip(parts, readers, strict=True)
         )
         source = sources[0] if len(sources) == 1 else Joined(sources)
         before, after = concatenate(lengths), concatenate(fitted)
@@ -137,110 +159,6 @@ class Prepared:
                 f"data.row_length={data.row_length}: no picture of {tokens} visual tokens fits; raise it"
             )
         return Samples(cell, source, parts, fitted, template, cut, emptied)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The conversations of a split as one cell reads them: cut to its rows, with its pictures.
-
-    `cut` is how many are longer than `data.row_length`, `emptied` how many of these have nothing to learn
-    from within it and are left out.
-    """
-
-    cell: Cell
-    source: Source
-    datasets: list[Dataset]
-    by_dataset: list[Lengths]
-    template: Template
-    cut: int
-    emptied: int
-
-    @cached_property
-    def lengths(self) -> Lengths:
-        """Of all of them."""
-        return concatenate(self.by_dataset)
-
-    @cached_property
-    def usable(self) -> np.ndarray:
-        """Numbers of those that have something to learn from.
-
-        Raises:
-          UserError: there is none.
-        """
-        found = np.flatnonzero(self.lengths.supervised)
-        if not len(found):
-            raise UserError(
-                f"data.row_length={self.cell.data.row_length}: no conversation has a word of an answer "
-                f"within it, with {self.cell.compressor.visual_tokens} visual tokens a picture; raise it"
-            )
-        return found
-
-    def _used(self) -> Lengths:
-        """Of those that are usable: others must not set the size of every batch."""
-        return Lengths(*(column[self.usable] for column in self.lengths))
-
-    def one_per_row(self) -> Layout:
-        """Rows of one conversation each, as those of an evaluation are."""
-        method, tokens = COMPRESSORS[self.cell.compressor.name], self.cell.compressor.visual_tokens
-        return Layout.one_per_row(
-            self._used(),
-            tokens,
-            pad_id=self.template.pad,
-            image_id=self.template.image,
-            row_length=self.cell.data.row_length,
-            queries=method.text == "query" and tokens > 0,
-            spare=tokens if method.trains_all else 0,
-        )
-
-    def training(self) -> tuple[Layout, Schedule]:
-        """Static shapes of training batches, and which conversations come when.
-
-        Raises:
-          UserError: nothing is left to train on.
-        """
-        data, tokens = self.cell.data, self.cell.compressor.visual_tokens
-        starts = np.cumsum([0, *map(len, self.datasets)])
-        usable = tuple(
-            start + np.flatnonzero(lengths.supervised)
-            for start, lengths in zip(starts, self.by_dataset, strict=False)
-        )
-        lengths, layout = self.lengths, self.one_per_row()
-        sizes, images = lengths.sizes(tokens), lengths.images if tokens else np.zeros_like(lengths.images)
-        if data.packing == "pack":
-            every = self.usable
-            slots = choose_images(sizes[every], images[every], data.pack_rows, data.row_length)
-            layout = Layout.packed(
-                Shape(data.pack_rows, data.row_length, slots if tokens else 0),
-                self._used(),
-                tokens,
-                pad_id=layout.pad_id,
-                image_id=layout.image_id,
-                queries=layout.query_length > 0,
-            )
-        weights = tuple(weight for _, weight in parse_mixture(data.prepared)) or (1.0,)
-        words = np.concatenate([dataset.index.words for dataset in self.datasets])
-        train = self.cell.train
-        schedule = Schedule(
-            data.packing, layout.shape, sizes, images, words, usable, weights, train.batch_size, train.seed
-        )
-        return layout, schedule
-
-    def describe(self, layout: Layout, schedule: Schedule) -> dict[str, Any]:
-        """How the first epoch is laid out, for data.json: shapes, and what of them is real."""
-        shape, chosen = layout.shape, schedule.chosen(0)
-        rows = schedule.rows(0) or len(schedule(0).row_offsets) - 1
-        slots = rows // shape.rows * shape.images
-        return {
-            "conversations": len(chosen),
-            "cut": self.cut,
-            "left_out": self.emptied,
-            "rows": rows,
-            "row_length": shape.length,
-            "rows_a_block": shape.rows,
-            "image_slots_a_block": shape.images,
-            "positions_used": float(schedule.sizes[chosen].sum() / (rows * shape.length)),
-            "image_slots_used": float(schedule.images[chosen].sum() / slots) if slots else 1.0,
-        }
 
 
 def pixels_of(image: np.ndarray, cell: Cell) -> np.ndarray:

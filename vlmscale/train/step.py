@@ -1,8 +1,9 @@
-"""State, optimiser, loss and the training step: pure functions of arrays."""
+"""The objective and the training step: pure functions of arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -13,25 +14,35 @@ import optax
 from vlmscale import layers
 from vlmscale.compressors import COMPRESSORS, Features, parse_options
 from vlmscale.compressors.features import tower_features
-from vlmscale.config import Cell, TrainConfig
+from vlmscale.config import Cell
 from vlmscale.data import images
+from vlmscale.models.decoder import head_table
 from vlmscale.models.sizes import SIZES, TOWERS, TowerSize
 from vlmscale.models.vlm import VLM, Inputs, narrow
+from vlmscale.train.loss import chunked_cross_entropy
 
 Params = dict[str, Any]
-Arrays = dict[str, jax.Array]
+Arrays = dict[str, Any]
 
 
 class TrainState(NamedTuple):
-    """All that training changes."""
+    """All that training changes; `params` are those of the parts that train."""
 
-    step: jax.Array  # int32 scalar: steps done
+    step: jax.Array  # int32 scalar: steps done, those that were skipped among them
     params: Params
     opt_state: Any
+    skipped: jax.Array  # int32 scalar: steps whose loss or gradient was not finite
+
+
+class Knobs(NamedTuple):
+    """Numbers of a cell that its program does not depend on, so that cells may share one."""
+
+    learning_rate: jax.Array  # float32 scalar, the peak
+    seed: jax.Array  # uint32 scalar, of what a step draws
 
 
 def build_model(cell: Cell, vocab_size: int, layout: str = "scan", visual_tokens: int | None = None) -> VLM:
-    """The model of a cell, behind the tower.
+    """The model of a cell, behind the tower; in float32.
 
     Args:
       cell: the config.
@@ -53,19 +64,49 @@ def build_model(cell: Cell, vocab_size: int, layout: str = "scan", visual_tokens
     )
 
 
-def with_tower_outputs(model: VLM, batch: dict[str, Any]) -> Arrays:
-    """The batch with what the frozen tower makes of its "pixels" (uint8 [N, S, S, 3]), if it holds any.
+def needs_of_model(model: VLM) -> frozenset[str]:
+    """The fields of `Features` beside `selected` that a model's compressor reads."""
+    if not model.visual_tokens or model.tower_size is None:
+        return frozenset()
+    return COMPRESSORS[model.compressor_name].needs(model.tower_size, dict(model.options))
 
-    "frozen" are the tower's parameters; no gradient is asked of them.
+
+def with_tower_outputs(model: VLM, batch: Arrays, tower: Params | None) -> Arrays:
+    """The batch with what a tower makes of its "pixels" (uint8 [N, S, S, 3]), if it holds any.
+
+    `tower` holds the tower's parameters; None where no compressor runs blocks itself and outputs are stored.
     """
-    if "pixels" not in batch:
-        return batch
-    size = model.tower_size
-    assert size is not None
-    needs = COMPRESSORS[model.compressor_name].needs(size, dict(model.options))
-    made = tower_features(size, batch["frozen"], normalise(batch["pixels"], size), needs)
-    left = {name: values for name, values in batch.items() if name not in ("pixels", "frozen")}
-    return left | jax.lax.stop_gradient(made)
+    needs = needs_of_model(model)
+    if "pixels" in batch:
+        assert model.tower_size is not None
+        assert tower is not None
+        batch = encode(model.tower_size, needs, tower, batch, model.dtype, model.attention)
+    if "tower" in needs and tower is not None:
+        assert model.tower_size is not None
+        blocks = (f"block_{index}" for index in range(model.tower_size.select_layer))
+        batch = batch | {"tower": {block: tower[block] for block in blocks}}
+    return batch
+
+
+def encode(
+    size: TowerSize,
+    needs: frozenset[str],
+    tower: Params,
+    batch: Arrays,
+    dtype: Any = jnp.float32,
+    attention: str = "xla",
+) -> Arrays:
+    """The batch with the tower's outputs in place of its "pixels".
+
+    Args:
+      size: of the tower.
+      needs: fields of `Features` beside `selected`.
+      tower: its parameters.
+      batch: "pixels" are uint8 [N, S, S, 3].
+      dtype, attention: of the computation.
+    """
+    made = tower_features(size, tower, normalise(batch["pixels"], size), needs, dtype, attention)
+    return {name: values for name, values in batch.items() if name != "pixels"} | made
 
 
 def normalise(pixels: jax.Array, size: TowerSize) -> jax.Array:
@@ -102,99 +143,170 @@ def _answers(batch: Arrays) -> jax.Array | None:
     return none.at[rows, batch["target_positions"] + 1].max(batch["target_mask"])
 
 
-def init_params(model: VLM, batch: Arrays, seed: int) -> Params:
-    """Fresh parameters; `batch` gives shapes only."""
-    inputs = model_inputs(with_tower_outputs(model, batch))
-    return layers.init_params(model, jax.random.key(seed), inputs, batch["target_positions"])
+def init_params(model: VLM, batch: Arrays, seed: int | jax.Array) -> Params:
+    """Fresh parameters of compressor and decoder; `batch` gives shapes only and holds tower outputs."""
+    return layers.init_params(model, jax.random.key(seed), model_inputs(batch), batch["target_positions"])
 
 
-def make_schedule(config: TrainConfig) -> optax.Schedule:
-    """Linear warm-up, then cosine to 2 percent of the peak."""
-    peak = config.learning_rate
-    return optax.warmup_cosine_decay_schedule(0.0, peak, config.warmup_steps, config.steps, 0.02 * peak)
+@dataclass(frozen=True)
+class Objective:
+    """What training makes smaller: the weighted cross-entropy of the supervised positions.
 
+    Attributes:
+      model: of a cell, in its dtype.
+      loss_rows: 0: every supervised token of a batch counts the same. n: the mean over groups of n rows of
+        the mean in each, as LLaVA's loss is with n rows a device (a group without one is left out).
+      chunk: positions of a device whose logits exist at once.
+      train_table: whether the decoder trains, and with it the head.
+    """
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW behind clipping by the global norm; matrices decay, norms and biases do not."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            make_schedule(config),
-            b1=0.9,
-            b2=0.98,
-            weight_decay=config.weight_decay,
-            # By name, because the scan over layers stacks norm scales into matrices.
-            mask=lambda params: jax.tree_util.tree_map_with_path(
-                lambda path, _: path[-1].key not in ("scale", "bias"), params
-            ),
-        ),
-    )
+    model: VLM
+    loss_rows: int = 0
+    chunk: int = 1024
+    train_table: bool = True
 
+    def weights(self, mask: jax.Array) -> jax.Array:
+        """What each position counts: bool [..., B, K] to float32, whose sum is 1, or 0 if none is True."""
+        if not self.loss_rows:
+            return mask / jnp.maximum(jnp.sum(mask), 1).astype(jnp.float32)
+        *lead, rows, targets = mask.shape
+        groups = mask.reshape(*lead, rows // self.loss_rows, self.loss_rows * targets)
+        counts = jnp.sum(groups, axis=-1, keepdims=True)
+        used = jnp.maximum(jnp.sum(counts > 0), 1).astype(jnp.float32)
+        return (groups / jnp.maximum(counts, 1).astype(jnp.float32) / used).reshape(mask.shape)
 
-def init_state(model: VLM, optimizer: optax.GradientTransformation, batch: Arrays, seed: int) -> TrainState:
-    """State before the first step."""
-    params = init_params(model, batch, seed)
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
+    def __call__(
+        self,
+        params: Params,
+        batch: Arrays,
+        weights: jax.Array,
+        step: jax.Array | None = None,
+        seed: int | jax.Array = 0,
+    ) -> jax.Array:
+        """The sum over positions of weight times cross-entropy, float32.
+
+        A nested compressor that trains all of its counts gives the mean of their sums (M3, arXiv 2405.17430),
+        one that trains a drawn count the sum at that of `step`, or at all tokens where `step` is None (MQT,
+        arXiv 2405.19315, draws from its second stage on).
+
+        Args:
+          params: of all parts: "decoder", "compressor", and "tower" where the batch holds pixels or the
+            compressor runs its blocks.
+          batch: of the pipeline.
+          weights: [B, K] float32 of the targets.
+          step: number of the step, for what is drawn.
+          seed: of what is drawn.
+        """
+        model = self.model
+        batch = with_tower_outputs(model, batch, params.get("tower"))
+        inputs, places = model_inputs(batch), batch["target_positions"]
+        method = COMPRESSORS[model.compressor_name]
+        if inputs.features is None or method.nested is None:
+            return self._sum(model, params, inputs, places, batch, weights)
+        largest, counts = model.visual_tokens, method.nested(model.visual_tokens)
+        if method.trains_all:
+            total = jnp.float32(0)
+            for count in counts:
+                shorter, moved = narrow(inputs, places, largest, count, model.block_rows, model.full_rows)
+                smaller = model.clone(visual_tokens=count, largest=largest)
+                total += self._sum(smaller, params, shorter, moved, batch, weights)
+            return total / len(counts)
+        if step is not None:
+            drawn = jax.random.randint(jax.random.fold_in(jax.random.key(seed), step), (), 0, len(counts))
+            inputs = inputs._replace(visual_count=jnp.asarray(counts, jnp.int32)[drawn])
+        return self._sum(model, params, inputs, places, batch, weights)
+
+    def plain(self, params: Params, batch: Arrays, weights: jax.Array) -> jax.Array:
+        """As a call, at the model's own number of visual tokens whatever the method trains."""
+        batch = with_tower_outputs(self.model, batch, params.get("tower"))
+        return self._sum(self.model, params, model_inputs(batch), batch["target_positions"], batch, weights)
+
+    def _sum(
+        self, model: VLM, params: Params, inputs: Inputs, places: jax.Array, batch: Arrays, weights: jax.Array
+    ) -> jax.Array:
+        behind = {part: params[part] for part in ("decoder", "compressor") if part in params}
+        states = model.apply({"params": behind}, inputs, places, method="states")
+        table = head_table(model.decoder_size, params["decoder"])
+        return chunked_cross_entropy(
+            states, table, batch["target_ids"], weights, chunk=self.chunk, train_table=self.train_table
+        )
 
 
 def loss_sum(
     model: VLM, params: Params, batch: Arrays, step: jax.Array | None = None, seed: int = 0
 ) -> tuple[jax.Array, jax.Array]:
-    """Cross-entropy summed over supervised positions, and how many there are; float32.
-
-    A nested compressor that trains all of its counts gives the mean of their sums (M3, arXiv 2405.17430), one
-    that trains a drawn count the sum at that of `step`, or at all tokens where `step` is None (MQT, arXiv
-    2405.19315, draws from its second stage on).
-    """
-    batch = with_tower_outputs(model, batch)
-    inputs, places = model_inputs(batch), batch["target_positions"]
-    method = COMPRESSORS[model.compressor_name]
-    if inputs.features is None or method.nested is None:
-        return _sum(model, params, inputs, places, batch), jnp.sum(batch["target_mask"])
-    largest, counts = model.visual_tokens, method.nested(model.visual_tokens)
-    if method.trains_all:
-        total = jnp.float32(0)
-        for count in counts:
-            shorter, moved = narrow(inputs, places, largest, count, model.block_rows, model.full_rows)
-            total += _sum(model.clone(visual_tokens=count, largest=largest), params, shorter, moved, batch)
-        return total / len(counts), jnp.sum(batch["target_mask"])
-    if step is not None:
-        drawn = jax.random.randint(jax.random.fold_in(jax.random.key(seed), step), (), 0, len(counts))
-        inputs = inputs._replace(visual_count=jnp.asarray(counts, jnp.int32)[drawn])
-    return _sum(model, params, inputs, places, batch), jnp.sum(batch["target_mask"])
+    """Cross-entropy summed over supervised positions, and how many there are."""
+    mask = batch["target_mask"]
+    return Objective(model)(params, batch, mask.astype(jnp.float32), step, seed), jnp.sum(mask)
 
 
 def plain_loss_sum(model: VLM, params: Params, batch: Arrays) -> tuple[jax.Array, jax.Array]:
     """As `loss_sum`, at the model's own number of visual tokens whatever the method trains."""
-    batch = with_tower_outputs(model, batch)
-    total = _sum(model, params, model_inputs(batch), batch["target_positions"], batch)
-    return total, jnp.sum(batch["target_mask"])
+    mask = batch["target_mask"]
+    return Objective(model).plain(params, batch, mask.astype(jnp.float32)), jnp.sum(mask)
 
 
-def _sum(model: VLM, params: Params, inputs: Inputs, places: jax.Array, batch: Arrays) -> jax.Array:
-    logits = model.apply({"params": params}, inputs, places)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target_ids"])
-    return jnp.sum(losses * batch["target_mask"])
+Step = Callable[[TrainState, Params, Arrays, Knobs], tuple[TrainState, dict[str, jax.Array]]]
 
 
 def make_train_step(
-    model: VLM, optimizer: optax.GradientTransformation, seed: int = 0
-) -> Callable[[TrainState, Arrays], tuple[TrainState, Arrays]]:
-    """The step `(state, batch) -> (state, metrics)`; the loss is the mean over all supervised tokens.
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    rates: Mapping[str, float],
+    accumulate: int = 1,
+) -> Step:
+    """The step `(state, frozen, batch, knobs) -> (state, metrics)`.
 
-    A batch without a supervised token gives loss 0 and zero gradients, never a NaN. What a step draws at
-    random depends on `seed` and the number of the step alone.
+    The optimizer's update is multiplied with the learning rate and with the rate of each part. A step whose
+    loss or gradient is not finite changes nothing but the two counters, so that the state is good whatever a
+    batch holds. A batch without a supervised token gives loss 0 and zero gradients, never a NaN. What a step
+    draws at random depends on the seed and the number of the step alone.
+
+    Args:
+      objective: what is made smaller.
+      optimizer: for a learning rate of 1.
+      rates: of the parts that train.
+      accumulate: parts that a batch comes in; with more than one its arrays are [accumulate, ...] and the
+        gradients of the parts are added up in float32.
+
+    Returns:
+      The step; `frozen` holds the parameters of parts that do not train. Metrics are "loss", "grad_norm" and
+      "target_tokens".
     """
 
-    def train_step(state: TrainState, batch: Arrays) -> tuple[TrainState, Arrays]:
-        def mean_loss(params: Params) -> tuple[jax.Array, jax.Array]:
-            total, count = loss_sum(model, params, batch, state.step, seed)
-            return total / jnp.maximum(count, 1), count
+    def gradient(state: TrainState, frozen: Params, batch: Arrays, knobs: Knobs) -> tuple[jax.Array, Params]:
+        weights = objective.weights(batch["target_mask"])
 
-        (loss, count), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+        def loss(params: Params, batch: Arrays, weights: jax.Array) -> jax.Array:
+            return objective(frozen | params, batch, weights, state.step, knobs.seed)
+
+        run = jax.value_and_grad(loss)
+        if accumulate == 1:
+            return run(state.params, batch, weights)
+
+        def add(carry: tuple[jax.Array, Params], part: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, carry, run(state.params, *part)), None
+
+        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
+        total: tuple[jax.Array, Params] = jax.lax.scan(add, zeros, (batch, weights))[0]
+        return total
+
+    def train_step(
+        state: TrainState, frozen: Params, batch: Arrays, knobs: Knobs
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        loss, grads = gradient(state, frozen, batch, knobs)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads), "target_tokens": count}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        scaled = {
+            part: jax.tree.map(lambda x, rate=rates[part]: x * (knobs.learning_rate * rate), update)
+            for part, update in updates.items()
+        }
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        new = (optax.apply_updates(state.params, scaled), opt_state)
+        params, opt_state = jax.tree.map(
+            lambda after, before: jnp.where(good, after, before), new, (state.params, state.opt_state)
+        )
+        metrics = {"loss": loss, "grad_norm": norm, "target_tokens": jnp.sum(batch["target_mask"])}
+        return TrainState(state.step + 1, params, opt_state, state.skipped + ~good), metrics
 
     return train_step

@@ -115,7 +115,7 @@ def load_params(
     report.loaded = sorted(plans)
     if report.initialised and initialise is not None:
         missing = {path: flat[path] for path in report.initialised}
-        out |= _initialise(initialise, missing)
+        out |= initialise_missing(initialise, missing)
     return unflatten_dict(out, sep="/"), report
 
 
@@ -206,8 +206,15 @@ def _read_onto(place: jax.ShapeDtypeStruct, plan: _Plan) -> jax.Array:
     )
 
 
-def _initialise(initialise: Callable[[], dict[str, Any]], missing: dict[str, Any]) -> dict[str, jax.Array]:
-    """Fresh values of the missing parameters alone, born where they live."""
+def initialise_missing(
+    initialise: Callable[[], dict[str, Any]], missing: dict[str, Any]
+) -> dict[str, jax.Array]:
+    """Fresh values of the missing parameters alone, born where they live.
+
+    Args:
+      initialise: makes fresh parameters of the whole model.
+      missing: shapes with shardings by path.
+    """
 
     def make() -> dict[str, jax.Array]:
         fresh = flatten_dict(initialise(), sep="/")

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -20,10 +21,15 @@ Tree = Mapping[str, Any]
 
 
 def flatten(params: Tree) -> dict[str, np.ndarray]:
-    """Parameters by path, such as `decoder/layers/q/kernel`, on the host."""
-    return {
-        path: np.asarray(jax.device_get(leaf)) for path, leaf in flatten_dict(dict(params), sep="/").items()
-    }
+    """Parameters by path, such as `decoder/layers/q/weight`, on the host."""
+    return {path: _on_host(leaf) for path, leaf in flatten_dict(dict(params), sep="/").items()}
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    """A whole array, also where other processes hold parts of it: they call this too, in the same order."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(jax.device_get(leaf))
 
 
 def save(path: Path, params: Tree, metadata: dict[str, str]) -> None:
@@ -63,7 +69,8 @@ def check_shapes(path: Path, params: Tree, abstract: Tree) -> None:
 def sha256(params: Tree) -> str:
     """Hash of path, dtype, shape and bytes of every parameter in sorted path order."""
     digest = hashlib.sha256()
-    for name, array in sorted(flatten(params).items()):
+    for name, leaf in sorted(flatten_dict(dict(params), sep="/").items()):
+        array = _on_host(leaf)  # one at a time: a large model may not fit
         digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()
