@@ -22,7 +22,7 @@ from vlmscale.distributed import agree, barrier, host_part, leader, start, wait_
 from vlmscale.errors import UserError
 from vlmscale.sharding import AXES, batch_sharding
 
-SECONDS = 25  # for the processes of one test together
+SECONDS = 60  # for the processes of one test together; few are needed, and jax itself would take 100
 SLURM = {
     "SLURM_JOB_ID": "4097",
     "SLURM_STEP_NODELIST": "localhost",

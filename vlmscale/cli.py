@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import sys
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,8 +38,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vlmscale {arguments.command}: takes no {overrides[0]}", file=sys.stderr)
         return EXIT_USER
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if not getattr(arguments, "distributed", ""):
+        return _run(arguments, overrides)
     try:
-        return arguments.run(arguments, overrides)
+        code = _run(arguments, overrides)
+    except Exception:  # told here, for `leave` does not return to who would
+        traceback.print_exc()
+        code = 1
+    if code not in (0, EXIT_AGAIN):  # all end together with these; of others jax would wait for minutes
+        from vlmscale.distributed import leave
+
+        leave(code)
+    return code
+
+
+def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    """Run a command; what the user can mend becomes one line and a code."""
+    try:
+        code: int = arguments.run(arguments, overrides)
+        return code
     except UserError as error:
         what = f" {arguments.what}" if arguments.command == "data" else ""
         print(f"vlmscale {arguments.command}{what}: {error}", file=sys.stderr)

@@ -244,7 +244,7 @@ def host_part(
             held.setdefault(number, []).append(part)
     size = len(next(iter(held.values())))
     for number, own in sorted(held.items()):
-        if len(own) != size or own[-1] - own[0] + 1 != size or own[0] % size:
+        if own != list(range(own[0], own[0] + size)) or own[0] % size:
             shape = ", ".join(f"mesh.{name}={length}" for name, length in mesh.shape.items())
             raise UserError(
                 f"{shape}: of {len(parts)} parts of a batch process {number} would hold {own}, and each "

@@ -52,8 +52,12 @@ def make_mesh(
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor}: the product must be the number of devices, "
             f"{len(devices)}"
         )
-    # Auto axes: Linen's constraints fail under Explicit ones.
-    return jax.make_mesh((data, fsdp, tensor), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    shape, kinds = (data, fsdp, tensor), (AxisType.Auto,) * 3  # Linen's constraints fail under Explicit axes
+    if len({device.process_index for device in devices}) == 1:
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    # jax's own order follows the wires of a TPU pod, and tears the rows of a host apart on most of them.
+    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=kinds)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -6,97 +6,25 @@ A method that is added is tested here without being named.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.compressors.cases import ROWS, TARGETS, Batch, Case, build, cases, make_batch
 from vlmscale.compressors import COMPRESSORS, check_count
-from vlmscale.compressors.features import tower_features
 from vlmscale.cost.count import count_flops
 from vlmscale.errors import UserError
 from vlmscale.layers import abstract_params
-from vlmscale.models.sizes import DecoderSize, TowerSize
-from vlmscale.models.vision import VisionTower
 from vlmscale.models.vlm import VLM
 from vlmscale.sharding import make_mesh, place, put_batch, replicated
 from vlmscale.train.step import loss_sum, model_inputs
 from vlmscale.weights import tree
 
-TOWER = TowerSize(24, 6, 16, 3, 2, 24, select_layer=2, levels=(1, 2), style="clip", norm_eps=1e-5)
-SIZE = DecoderSize(width=16, num_layers=2, num_heads=4, num_kv_heads=2, mlp_width=24)
-ROWS, LENGTH, TARGETS, QUERY, VOCAB = 8, 14, 3, 5, 23
-Batch = dict[str, Any]
-
-
-class Case(NamedTuple):
-    """A method with its choices and a number of visual tokens that it gives on the test's tower."""
-
-    name: str
-    options: tuple[tuple[str, str], ...]
-    visual_tokens: int
-
-
-def cases() -> Iterator[Any]:
-    """Every method as it is, and with each other value of each option; of scores, which are inputs, one."""
-    for name, method in COMPRESSORS.items():
-        counts = method.counts(TOWER.grid)
-        nearest = min(counts, key=lambda count: abs(count - 4))
-        chosen: list[tuple[tuple[str, str], ...]] = [()]
-        for option, values in method.options.items():
-            others = ("mean",) if option == "score" else values[1:]
-            chosen += [((option, value),) for value in others]
-        for options in chosen:
-            said = "-".join(value for _, value in options)
-            yield pytest.param(Case(name, options, nearest), id=f"{name}-{said}" if said else name)
-
-
-every_method = pytest.mark.parametrize("case", list(cases()))
-
-
-@functools.cache
-def tower_params() -> Any:
-    rng = np.random.default_rng(1)
-    pixels = jax.ShapeDtypeStruct((1, 24, 24, 3), np.float32)
-    shapes = abstract_params(VisionTower(TOWER), pixels, layers=(TOWER.num_layers,))
-    return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
-
-
-@functools.cache
-def tower_outputs(needs: frozenset[str]) -> Batch:
-    pixels = np.random.default_rng(2).standard_normal((ROWS, 24, 24, 3)).astype(np.float32)
-    run = jax.jit(tower_features, static_argnums=(0, 3))
-    return {name: np.asarray(x) for name, x in run(TOWER, tower_params(), pixels, needs - {"tower"}).items()}
-
-
-def make_batch(case: Case) -> Batch:
-    """Rows of different lengths with an image each but the last, whose text a fused method reads alone."""
-    rng = np.random.default_rng(0)
-    slots = np.zeros((ROWS, LENGTH + case.visual_tokens), bool)
-    slots[:-1, 1 : 1 + case.visual_tokens] = True
-    length = slots.shape[1]
-    lengths = rng.integers(length - 4, length + 1, ROWS)
-    places = np.stack(
-        [rng.choice(np.arange(case.visual_tokens + 4, length - 5), TARGETS, False) for _ in range(ROWS)]
-    )
-    places[:, 0] = case.visual_tokens  # the last slot of the image predicts what stands right behind it
-    needs = COMPRESSORS[case.name].needs(TOWER, dict(case.options))
-    batch: Batch = {
-        "tokens": rng.integers(0, VOCAB, (ROWS, length)).astype(np.int32),
-        "image_slots": slots,
-        "positions": np.tile(np.arange(length, dtype=np.int32), (ROWS, 1)),
-        "segment_ids": (np.arange(length) < lengths[:, None]).astype(np.int32),
-        "target_positions": places.astype(np.int32),
-        "target_ids": rng.integers(0, VOCAB, (ROWS, TARGETS)).astype(np.int32),
-        "target_mask": np.ones((ROWS, TARGETS), bool),
-        "query_tokens": rng.integers(0, VOCAB, (ROWS, QUERY)).astype(np.int32),
-        "query_length": rng.integers(1, QUERY + 1, ROWS).astype(np.int32),
-    }
-    batch |= tower_outputs(needs)
-    return batch | ({"tower": tower_params()} if "tower" in needs else {})
+every_method = pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.label)
 
 
 def pack(batch: Batch) -> Batch:
@@ -122,10 +50,6 @@ _BY_TOKEN = (
     *("tokens", "image_slots", "positions", "segment_ids"),
     *("target_positions", "target_ids", "target_mask"),
 )
-
-
-def build(case: Case, **options: Any) -> VLM:
-    return VLM(SIZE, VOCAB, case.name, case.visual_tokens, options=case.options, tower_size=TOWER, **options)
 
 
 @pytest.fixture(scope="module")

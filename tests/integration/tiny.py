@@ -53,15 +53,14 @@ def train(out: Path, *overrides: str, config: str = SCENES, count: int = 20) -> 
     return main(["train", "--config", config, "--out", str(out), *DATA, *steps(count), *short, *overrides])
 
 
-def child(words: list[str], **options: Any) -> subprocess.Popen[str]:
+def child(words: list[str], env: dict[str, str] | None = None) -> subprocess.Popen[str]:
     """The command line in a process of its own, with pipes for both outputs."""
     return subprocess.Popen(
         [sys.executable, "-c", _CHILD, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        **options,
+        env=(os.environ if env is None else env) | {"JAX_PLATFORMS": "cpu"},
     )
 
 

@@ -145,6 +145,14 @@ def flip(path: Path, share: float = 0.5) -> None:
     path.write_bytes(bytes(content))
 
 
+def check_latest(checkpoints: Checkpoints, step: int, items: Items, abstract: Items | None = None) -> None:
+    """The newest step that restores is this one, with these values."""
+    found = checkpoints.restore_latest(abstract_of(items) if abstract is None else abstract)
+    assert found is not None
+    assert found[0] == step
+    assert same(found[1], items)
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
@@ -170,10 +178,7 @@ def test_items_are_restored_apart(tmp_path: Path, open_all: Open) -> None:
     checkpoints = open_all(tmp_path)
     for name in made:
         assert same(checkpoints.restore(1, {name: abstract[name]}), {name: made[name]})
-    found = checkpoints.restore_latest({"params": abstract["params"]})
-    assert found is not None
-    assert found[0] == 1
-    assert same(found[1], {"params": made["params"]})
+    check_latest(checkpoints, 1, {"params": made["params"]}, {"params": abstract["params"]})
 
 
 def test_arrays_may_be_donated_as_soon_as_save_returns(tmp_path: Path, open_all: Open) -> None:
@@ -280,20 +285,14 @@ def test_damage_to_large_files_is_found_by_their_arrays(
     with pytest.raises(DamagedError, match="step 8 is damaged"):
         checkpoints.restore(8, abstract_of(made[8]))
     assert (checkpoints.steps(), lines) == ([4, 8], [])
-    found = checkpoints.restore_latest(abstract_of(made[8], mesh_of((4, 1, 1))))
-    assert found is not None
-    assert found[0] == 4
-    assert same(found[1], made[4])
+    check_latest(checkpoints, 4, made[4], abstract_of(made[8], mesh_of((4, 1, 1))))
     assert "set aside as damaged-8; training goes on from step 4" in lines.one()
     if damage == "flipped":
         assert f"({item}/" in lines.one()
         assert "has other values than were saved" in lines.one()
     checkpoints.save(8, made[8])  # the same number again
     checkpoints.wait()
-    found = checkpoints.restore_latest(abstract_of(made[8]))
-    assert found is not None
-    assert found[0] == 8
-    assert same(found[1], made[8])
+    check_latest(checkpoints, 8, made[8])
     assert names(tmp_path) == ["4", "8", "damaged-8"]
 
 
@@ -325,10 +324,7 @@ def test_a_step_without_a_manifest_counts_as_long_as_it_restores(tmp_path: Path,
     checkpoints = open_all(tmp_path, tell=lines.append)
     assert "step 4 is damaged (it is empty)" in lines.one()
     lines.clear()
-    found = checkpoints.restore_latest(abstract_of(made[2]))
-    assert found is not None
-    assert found[0] == 2
-    assert same(found[1], made[2])
+    check_latest(checkpoints, 2, made[2])
     assert lines.one().startswith(f"{tmp_path}: step 3 is damaged (unreadable: ")
     assert lines.one().endswith("set aside as damaged-3; training goes on from step 2")
 
@@ -473,10 +469,7 @@ def test_a_killed_save_leaves_no_step_and_no_rubbish(moment: str, tmp_path: Path
     lines = Lines()
     checkpoints = open_all(folder, tell=lines.append)
     assert (names(folder), lines) == ([str(step)], [])
-    found = checkpoints.restore_latest(abstract_of(made := make_items(step)))
-    assert found is not None
-    assert found[0] == step
-    assert same(found[1], made)
+    check_latest(checkpoints, step, make_items(step))
 
 
 # Retention
@@ -562,10 +555,7 @@ def test_a_full_disk_is_raised_and_saving_goes_on_with_room(
     assert names(folder) == ["1"]  # its room is free again
     assert not [record.getMessage() for record in caplog.records if record.name == "absl"]
     for one in (checkpoints, open_all(folder)):
-        found = one.restore_latest(abstract_of(made[1]))
-        assert found is not None
-        assert found[0] == 1
-        assert same(found[1], made[1])
+        check_latest(one, 1, made[1])
     (place / "filler").unlink()
     for one, step in ((checkpoints, 2), (open_all(folder), 3)):
         one.save(step, made[step])
@@ -574,7 +564,12 @@ def test_a_full_disk_is_raised_and_saving_goes_on_with_room(
         assert same(one.restore(step, abstract_of(made[step])), made[step])
 
 
-def test_a_read_only_disk_is_raised_and_can_be_read(mount: Mount, open_all: Open) -> None:
+@pytest.mark.parametrize("probed", [True, False])
+def test_a_read_only_disk_is_raised_and_can_be_read(
+    probed: bool, mount: Mount, open_all: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not probed:  # then Orbax finds out, after it has begun
+        monkeypatch.setattr(Checkpoints, "_may_write", lambda self, step: True)
     place = mount("4m")
     folder = place / "checkpoints"
     checkpoints = open_all(folder)
@@ -739,10 +734,7 @@ def test_two_processes_save_for_one_and_one_for_two(
     made = {step: make_items(step, width=4096) for step in (2, 3, 4, 5, 6)}
     checkpoints = open_all(folder, keep=4)
     for mesh in ((8, 1, 1), (1, 1, 1)):
-        found = checkpoints.restore_latest(abstract_of(made[4], mesh_of(mesh)))
-        assert found is not None
-        assert found[0] == 4
-        assert same(found[1], made[4])
+        check_latest(checkpoints, 4, made[4], abstract_of(made[4], mesh_of(mesh)))
 
     # The other way round, from the fourth newest: the last but two is damaged where process 1 alone reads.
     checkpoints.save(5, made[5])
@@ -771,7 +763,4 @@ def test_two_processes_save_for_one_and_one_for_two(
     assert "process 1 cannot read it" in both[0]["lines"][2]
     assert both[1]["lines"] == []  # told once
     assert names(folder) == ["3", "7", "damaged-4", "damaged-5", "damaged-6"]
-    found = checkpoints.restore_latest(abstract_of(made[3]))
-    assert found is not None
-    assert found[0] == 7
-    assert same(found[1], made[3])
+    check_latest(checkpoints, 7, made[3])

@@ -233,11 +233,18 @@ def test_vmap_gives_what_each_member_gives(mapped: tuple[int | None, ...]) -> No
     each = jax.tree.map(lambda *leaves: np.stack(leaves), *(exact(*member) for member in members))
     close(jax.jit(jax.vmap(jax.value_and_grad(chunked, (0, 1)), mapped))(*arrays), each)
 
-    def total(*arrays: Any) -> jax.Array:
-        return jnp.sum(jax.vmap(chunked, mapped)(*arrays))
 
-    summed = (leaf if axis == 0 else leaf.sum(0) for leaf, axis in zip(each[1], mapped, strict=False))
-    close(both(total)(*arrays), (each[0].sum(), tuple(summed)))
+def test_what_members_of_a_vmap_share_has_the_sum_of_their_gradients() -> None:
+    hidden, table, ids, weights = draw(2, 7, 8, 37)
+    tables = np.stack([table, table[::-1], table / 2])
+
+    def total(hidden: Any, tables: Any) -> jax.Array:
+        member = partial(chunked_cross_entropy, chunk=4)
+        return jnp.sum(jax.vmap(member, (None, 0, None, None))(hidden, tables, ids, weights))
+
+    each = [exact(hidden, table, ids, weights) for table in tables]
+    gradients = (sum(one[1][0] for one in each), np.stack([one[1][1] for one in each]))
+    close(both(total)(hidden, tables), (sum(one[0] for one in each), gradients))
 
 
 def test_under_checkpoint_and_in_a_scan_that_accumulates() -> None:

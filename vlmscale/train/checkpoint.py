@@ -2,7 +2,7 @@
 
 A step that Orbax has not finished has a name of its own, so a killed save leaves nothing that looks like a
 step. Damage done later it does not see: any folder with a number counts as a step, a file that is gone or cut
-raises one of six exceptions, and bytes flipped in an array's file come back as other values without a word
+raises one of five exceptions, and bytes flipped in an array's file come back as other values without a word
 (measured with orbax-checkpoint 0.12.8). Hence the manifest in each step, which is renamed into place with it:
 
   files    bytes of every file, and the CRC-32 of small ones; checked at each opening, without reading arrays
@@ -36,7 +36,7 @@ from jax.experimental import multihost_utils
 from vlmscale.errors import UserError, disk_fault
 from vlmscale.records import write_json
 
-MANIFEST = "manifest.json"
+MANIFEST, _PARTS = "manifest.json", ("files", "digests")
 _UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # Orbax's, within the name of a step that is not committed
 _SMALL = 2**20  # bytes; files up to this size have a CRC-32: all that say which array lies where
 _TIMEOUT = 7200  # seconds for a save in the background; Orbax's 1200 are few for 100 GB on a shared disk
@@ -127,7 +127,7 @@ class Checkpoints:
         filled = {name: tree for name, tree in items.items() if jax.tree.leaves(tree)}
         if not filled:
             raise ValueError(f"{self.path}: step {step} has no array to save")
-        if _from_first(lambda: (self.path / str(step)).exists()):
+        if not _from_first(lambda: self._may_write(step)):
             raise ValueError(f"{self.path}: step {step} is there already")
         # The digests are dispatched before the arrays may be donated, and fetched in the background.
         self._saving = step, digests(filled)
@@ -235,6 +235,18 @@ class Checkpoints:
         handler.async_save = start_and_remember
         return ocp.AsyncCheckpointer(handler, async_options=options)
 
+    def _may_write(self, step: int) -> bool:
+        """On process 0: whether the step is new. A disk that takes nothing is told before all wait for it."""
+        probe = self.path / f"probe{_UNFINISHED}"
+        try:
+            probe.mkdir(parents=True, exist_ok=True)
+            (probe / "probe").write_bytes(bytes(4096))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
+        finally:
+            shutil.rmtree(probe, ignore_errors=True)
+        return not (self.path / str(step)).exists()
+
     def _seal(self) -> None:
         """Write the manifest: called on process 0 when all files are there, before the step gets its name."""
         step, arrays = self._saving
@@ -269,12 +281,11 @@ class Checkpoints:
             self._checkpointer.close()
         self._checkpointer = self._make_checkpointer()
         if jax.process_index() == 0:
-            for path in self.path.glob(f"*{_UNFINISHED}*"):  # what resists is left to the next opening
-                shutil.rmtree(path, ignore_errors=True)
+            self._remove_unfinished(ignore_errors=True)  # what resists is left to the next opening
 
-    def _remove_unfinished(self) -> None:
+    def _remove_unfinished(self, *, ignore_errors: bool = False) -> None:
         for path in self.path.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors)
 
     def _inspect(self) -> list[tuple[int, str | None]]:
         """All committed steps, ascending, and what is wrong with their files."""
@@ -295,11 +306,8 @@ class Checkpoints:
             aside = f"damaged-{step}"
             _from_first(lambda: _replace(self.path / str(step), self.path / aside))
             where = f" and set aside as {aside}"
-        newest = self.latest()
-        goes_on = "no good step is left"
-        if newest is not None:
-            use = "the newest good one is" if self._read_only else "training goes on from"
-            goes_on = f"{use} step {newest}"
+        newest, use = self.latest(), "the newest good one is" if self._read_only else "training goes on from"
+        goes_on = f"{use} step {newest}" if newest is not None else "no good step is left"
         if jax.process_index() == 0:
             self._tell(f"{self.path}: step {step} is damaged ({fault}){where}; {goes_on}")
 
@@ -336,12 +344,11 @@ def digests(items: dict[str, Any]) -> dict[str, jax.Array]:
 @jax.jit
 def _digest(values: jax.Array) -> jax.Array:
     """Sum of a mix of each element's bits and its place: one changed element always changes it."""
-    size = values.dtype.itemsize
-    if values.dtype == bool:
-        bits = values.astype(jnp.uint32)
-    else:
-        words = {1: jnp.uint8, 2: jnp.uint16}.get(size, jnp.uint32)
-        bits = jax.lax.bitcast_convert_type(values, words).astype(jnp.uint32)
+    bits = values  # of a bool as they are; others in words of their size, wider ones in several
+    if values.dtype != bool:
+        words = {1: jnp.uint8, 2: jnp.uint16}.get(values.dtype.itemsize, jnp.uint32)
+        bits = jax.lax.bitcast_convert_type(values, words)
+    bits = bits.astype(jnp.uint32)
     place, stride = jnp.uint32(0), 1
     for axis in reversed(range(bits.ndim)):  # without a reshape, which would move shards
         step = np.uint32(stride % 2**32)
@@ -366,37 +373,33 @@ def _changed(path: Path, restored: dict[str, Any]) -> str | None:
 
 
 def _manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a step; None where there is none.
-
-    Raises:
-      ValueError: it is damaged.
-    """
+    """The manifest of a step, None where there is none; a ValueError where it is damaged."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    if not isinstance(manifest, dict) or manifest.keys() != {"files", "digests"}:
+    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(k), dict) for k in _PARTS):
         raise ValueError("no manifest")
     return manifest
 
 
 def _fault(path: Path) -> str | None:
     """What is wrong with the files of a committed step; a step without a manifest is taken at its word."""
+    name = MANIFEST
     try:
         manifest = _manifest(path)
-    except ValueError:
-        return f"{MANIFEST} is unreadable"
-    if manifest is None:
-        return None if any(item.is_dir() for item in path.glob("*")) else "it is empty"
-    for name, (size, checksum) in manifest["files"].items():
-        try:
+        if manifest is None:
+            return None if any(item.is_dir() for item in path.glob("*")) else "it is empty"
+        for name, (size, checksum) in manifest["files"].items():
             found = (path / name).stat().st_size
             if found != size:
                 return f"{name} has {found} bytes of {size}"
             if checksum is not None and _checksum(path / name) != checksum:
                 return f"{name} has changed"
-        except (FileNotFoundError, NotADirectoryError):
-            return f"{name} is missing"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{name} is missing"
+    except (TypeError, ValueError):  # also a name with a zero byte, and what is no pair
+        return f"{MANIFEST} is unreadable"
     return None
 
 

@@ -156,9 +156,8 @@ def _on_device(hidden: Array, table: Array, ids: Array, weights: Array, work: _W
         weight = lax.dynamic_slice_in_dim(ordered, number * chunk, chunk)
         # Not left to the weight, because 0 times NaN is NaN.
         x = jnp.where((weight != 0)[:, None], flat[at], 0)
-        target = jnp.where(weight != 0, ids[at], 0)
         logits = jnp.einsum(f"cd,{axes}->cv", x, head, preferred_element_type=jnp.float32)
-        losses, d_logits = _losses(logits, target, work.vocab)
+        losses, d_logits = _losses(logits, ids[at], work.vocab)
         total += jnp.sum(losses * weight)
         d_logits = (d_logits * weight[:, None]).astype(head.dtype)
         if d_hidden is not None:
@@ -215,8 +214,8 @@ def _losses(logits: Array, target: Array, vocab: tuple[str, ...]) -> tuple[Array
 def _add_product(total: Array, left: Array, right: Array) -> Array:
     """`total` [M, N] + left.T @ right of [C, M] and [C, N], a block of M at a time.
 
-    A block's product is no larger than the larger of left and right. A whole product would be another
-    `total` wherever XLA does not add inside of it, as on a CPU.
+    A block's product is at most half as large as the larger of left and right. A whole product would be
+    another `total` wherever XLA does not add inside of it, as on a CPU.
     """
     length, (chunk, width) = total.shape[0], right.shape
     block = -(-length // -(-2 * min(length, width) // chunk))

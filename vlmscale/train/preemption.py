@@ -94,7 +94,7 @@ class Preemption:
         """Why training has to stop after this step, such as "SIGTERM"; None if it is to go on.
 
         Of several processes every one asks once a step, and all get the same answer at the same step. An
-        answer stays. Costs less than a microsecond.
+        answer stays. It takes a few microseconds at most.
         """
         if not self._joined:
             return self._own

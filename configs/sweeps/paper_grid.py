@@ -1,0 +1,77 @@
+r"""The grid of arXiv 2411.03312: Qwen1.5 of 0.5B, 1.8B, 4B and 7B with 1 to 576 visual tokens, in LLaVA's two stages.
+
+    vlmscale sweep run configs/sweeps/paper_grid.py --out runs/grid1
+    vlmscale sweep run configs/sweeps/paper_grid.py --config.train.init_from=runs/grid1 --out runs/grid2
+
+The first is stage 1 (configs/llava_pretrain.py). The second, which names the first's directory, is stage 2
+(configs/llava_finetune.py): each cell goes on from the cell of the same LLM, compressor, count and seed there.
+
+Three keys choose a part of the grid: `--config.llm.name=qwen1.5-0.5b` is a row, two names with a comma between
+them are two rows, `--config.compressor.visual_tokens=16` is a column; `--config.compressor.name=pool` is
+another method. Every other override applies to all cells.
+
+TokenPacker is the compressor at every count, since a law is fitted to one method: at 576 each of its windows
+is one patch. The paper compressed with TokenPacker too; that its 576 are LLaVA's plain projector is likely and
+not known here. Cells share one tokenizer, that of the first LLM: Qwen1.5 has one for all sizes.
+
+What has to lie in the working directory, what it costs, and which machine to take: docs/reproduce.md. Not run
+on the originals: tests run both stages on tiny stand-ins.
+"""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+
+from vlmscale.config import Cell, Sweep, from_dict
+from vlmscale.errors import UserError
+from vlmscale.loading import load_cell
+from vlmscale.records import read_json
+
+CHOSEN = {
+    "llm.name": "qwen1.5-0.5b,qwen1.5-1.8b,qwen1.5-4b,qwen1.5-7b",
+    "compressor.visual_tokens": "1,4,16,36,64,144,576",
+    "compressor.name": "tokenpacker",
+    "train.init_from": "",
+}
+
+
+def get_sweep(overrides: Sequence[str] = ()) -> Sweep:
+    """All cells of stage 1, or with `--config.train.init_from=DIR` of stage 2 behind that sweep."""
+    chosen, rest = dict(CHOSEN), []
+    for word in overrides:
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if key in chosen and equals:
+            chosen[key] = value
+        else:
+            rest.append(word)
+    llms, counts, method, earlier = chosen.values()
+    stage, tokenizer = "finetune" if earlier else "pretrain", llms.split(",")[0]
+    cells = [
+        load_cell(
+            f"configs/llava_{stage}.py:{llm},{count},{method}",
+            [f"--config.data.tokenizer={tokenizer}", *rest],
+        )
+        for llm, count in product(llms.split(","), counts.split(","))
+    ]
+    if earlier:
+        runs = dict(_runs(Path(earlier)))
+        for cell in cells:
+            if _kind(cell) not in runs:
+                raise UserError(f"train.init_from={earlier}: has no cell of {_kind(cell)}")
+            cell.train.init_from = runs[_kind(cell)]
+    return Sweep(f"paper_grid_{stage}", cells)
+
+
+def _runs(sweep: Path) -> Iterator[tuple[str, str]]:
+    """The cells of a sweep's directory, each with its run."""
+    for name in read_json(sweep / "sweep.json")["cells"]:
+        run = sweep / "cells" / name
+        if (run / "spec.json").exists():
+            yield _kind(from_dict(read_json(run / "spec.json")["config"])), str(run)
+
+
+def _kind(cell: Cell) -> str:
+    """What a cell and the one it goes on from have in common."""
+    compressor = cell.compressor
+    method = f"{compressor.name} {compressor.options}".strip()
+    return f"{cell.llm.name}, {method}, {compressor.visual_tokens} visual tokens, seed {cell.train.seed}"
