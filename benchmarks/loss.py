@@ -7,13 +7,15 @@
 Sizes are V,N,D: words, target positions, width. The naive loss is a product with the head and optax's
 cross-entropy. A memory row compiles and runs nothing: bytes beside the inputs, without and with the outputs,
 which are the gradients; its ratio is naive over ours. A time row has the ratio of medians, also naive over
-ours, with the given share of positions supervised, and the largest difference of a gradient over its largest
-entry. The exit code is 1 if the default chunk takes more than 1/8 of the naive loss's memory.
+ours, of seconds and of the process's own CPU seconds, which other work on the machine changes less; the given
+share of positions is supervised. `error` is the largest difference of a gradient over its largest entry. The
+exit code is 1 if the default chunk takes more than 1/8 of the naive loss's memory.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -69,6 +71,18 @@ def memory(size: Size, dtype: str, chunk: int, trained: bool) -> dict[str, Any]:
     }
 
 
+def in_turn(runs: dict[str, Callable[[], None]], repeats: int) -> dict[str, np.ndarray]:
+    """Median seconds and CPU seconds of each, run one after the other in rounds; the first is not counted."""
+    clocks: dict[str, list[np.ndarray]] = {name: [] for name in runs}
+    for number in range(repeats + 1):
+        for name, run in runs.items():
+            start = np.array([time.perf_counter(), time.process_time()])
+            run()
+            if number:
+                clocks[name].append(np.array([time.perf_counter(), time.process_time()]) - start)
+    return {name: np.median(values, axis=0) for name, values in clocks.items()}
+
+
 def seconds(size: Size, dtype: str, chunk: int, share: float, repeats: int) -> dict[str, Any]:
     """A row: seconds of the chunked loss with both gradients, and the naive one's over them."""
     vocab, positions, width = size
@@ -89,15 +103,16 @@ def seconds(size: Size, dtype: str, chunk: int, share: float, repeats: int) -> d
         return once
 
     ours = run("ours", partial(chunked_cross_entropy, chunk=chunk))
-    median = peer.in_turn({"ours": ours, "naive": run("naive", naive)}, repeats)
+    median = in_turn({"ours": ours, "naive": run("naive", naive)}, repeats)
     pairs = zip(*(jax.tree.leaves(out[name]) for name in ("ours", "naive")), strict=True)
     return {
         "time": ",".join(map(str, size)),
         "dtype": dtype,
         "supervised": share,
         "chunk": chunk,
-        "seconds": median["ours"],
-        "ratio": median["naive"] / median["ours"],
+        "seconds": median["ours"][0],
+        "ratio": median["naive"][0] / median["ours"][0],
+        "ratio of CPU seconds": median["naive"][1] / median["ours"][1],
         "error": max(float(jnp.max(jnp.abs(one - two)) / jnp.max(jnp.abs(two))) for one, two in pairs),
     }
 

@@ -12,9 +12,8 @@ expect, and the ratio; the GiB of state and of temporaries that the compiler pla
 and of sending from published rates; and the weak-scaling efficiency that follows if sending hides behind
 nothing, and behind all computation. docs/scaling.md says how to read it.
 
-A row is packed: --length positions with one image, all of them supervised. --mesh takes axes such as `fsdp`,
-`data`, `tensor=8` or `data=4,fsdp`; an axis without a number, or else fsdp, or else data, takes the devices
-that are left.
+A row is packed: --length positions with one image, all supervised. --mesh takes axes such as `fsdp`, `data`,
+`tensor=8` or `data=4,fsdp`; one without a number, or else fsdp, or else data, takes the devices left.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from vlmscale.config import Cell, DataConfig, LLMConfig
 from vlmscale.cost import flops
 from vlmscale.cost.peak import peak_flops
 from vlmscale.models.sizes import SIZES, TOWERS
-from vlmscale.sharding import make_mesh, replicated
+from vlmscale.sharding import AXES, make_mesh, replicated
 from vlmscale.train.recipe import make_objective, make_optimizer, trained_parts, training_model
 from vlmscale.train.state import Places, abstract_state, lay_out
 from vlmscale.train.step import Knobs, make_train_step
@@ -54,7 +53,6 @@ from vlmscale.train.step import Knobs, make_train_step
 QWEN = ("qwen1.5-0.5b", "qwen1.5-1.8b", "qwen1.5-4b", "qwen1.5-7b", "qwen1.5-14b")
 TOWER = "clip-vit-large-patch14-336"
 DEVICES = (8, 16, 32, 64, 128, 256)
-AXES = ("data", "fsdp", "tensor")
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 UTILIZATION = 0.5  # of peak FLOP/s while a device computes
 HOST = 8  # GPUs
@@ -64,9 +62,7 @@ _WIDTHS = {"pred": 1, "bf16": 2, "token": 0} | {
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _LINE = re.compile(r"\s*(ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*?)\)(?:, (.*))?$")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|true_computation|false_computation|branch_computations)=(\{.*?\}|\S+)"
-)
+_CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=(\{.*?\}|\S+)")
 _COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(-start)?")
 
 
@@ -97,22 +93,18 @@ class Collective(NamedTuple):
 Computations = dict[str, dict[str, Instruction]]
 
 
-def parse(text: str) -> tuple[Computations, str]:
-    """Computations of an HLO module by name, and the name of the first that runs."""
-    computations: Computations = {}
-    entry, inside = "", None
+def parse(text: str) -> Computations:
+    """Computations of an HLO module, the first that runs as "ENTRY", and the result of each as "ROOT"."""
+    computations, inside = Computations(), dict[str, Instruction]()
     for line in text.splitlines():
         if (head := _HEAD.match(line)) is not None:
-            inside = computations.setdefault(head[2], {})
-            entry = head[2] if head[1] else entry
-        elif inside is not None and (found := _LINE.match(line)) is not None:
+            inside = computations.setdefault("ENTRY" if head[1] else head[2], {})
+        elif (found := _LINE.match(line)) is not None:
             root, name, shape, opcode, arguments, attributes = found.groups()
             operands = tuple(re.findall(r"%([\w.\-]+)", arguments))
-            made = Instruction(name, shape, opcode, operands, attributes or "", arguments)
-            inside[name] = made
-            if root:
-                inside["ROOT"] = made
-    return computations, entry
+            inside[name] = Instruction(name, shape, opcode, operands, attributes or "", arguments)
+            inside |= {"ROOT": inside[name]} if root else {}
+    return computations
 
 
 def collectives(text: str, mesh: dict[str, int], dynamic: int = 1) -> list[Collective]:
@@ -126,8 +118,7 @@ def collectives(text: str, mesh: dict[str, int], dynamic: int = 1) -> list[Colle
     Raises:
       ValueError: a collective, its groups or a loop that this does not understand.
     """
-    computations, entry = parse(text)
-    found: list[Collective] = []
+    computations, found = parse(text), list[Collective]()
 
     def walk(name: str, times: int) -> None:
         inside = computations[name]
@@ -151,7 +142,7 @@ def collectives(text: str, mesh: dict[str, int], dynamic: int = 1) -> list[Colle
                     for inner in re.findall(r"%([\w.\-]+)", called):
                         walk(inner, times * turns)
 
-    walk(entry, 1)
+    walk("ENTRY", 1)
     return found
 
 
@@ -168,8 +159,8 @@ def _collective(
     # The mesh axes along which the members of a group differ.
     places = np.unravel_index(groups, tuple(mesh.values()))
     axes = "+".join(name for name, at in zip(mesh, places, strict=True) if (at != at[:, :1]).any())
-    hosts = len(set(groups[0] // HOST))
-    return Collective(kind, axes, largest[0], sent, times, n, hosts, source[1] if source else one.name)
+    named = source[1] if source else one.name
+    return Collective(kind, axes, largest[0], sent, times, n, len(set(groups[0] // HOST)), named)
 
 
 def _nbytes(array: tuple[str, str]) -> int:
@@ -201,8 +192,8 @@ def _groups(one: Instruction, devices: int) -> np.ndarray:
         shape += cut
     order = np.arange(math.prod(shape))
     if axes[2]:
-        listed_order = axes[2].startswith("[")
-        order = _iota(f"[{order.size}]<={axes[2]}") if listed_order else np.array(axes[2].split(","), int)
+        counted = axes[2].startswith("[")
+        order = _iota(f"[{order.size}]<={axes[2]}") if counted else np.array(axes[2].split(","), int)
     rest = [axis for axis in range(len(shape)) if axis not in spanned]
     return order.reshape(shape).transpose(rest + spanned).reshape(-1, math.prod(shape[at] for at in spanned))
 
@@ -313,7 +304,7 @@ def make_cell(args: argparse.Namespace, size: str, rows: int) -> Cell:
     cell = Cell(llm=LLMConfig(size), data=DataConfig(row_length=args.length))
     cell.tower.name, cell.compressor.visual_tokens, train = TOWER, args.visual_tokens, cell.train
     train.batch_size, train.llm_rate, train.clip_norm = rows, float(args.stage == 2), 0.0
-    train.dtype, train.remat, train.accumulate = args.dtype, args.remat, args.accumulate
+    train.dtype, train.accumulate = args.dtype, args.accumulate
     train.attention = TARGETS[args.target].attention
     return cell
 
@@ -383,9 +374,9 @@ def expected(places: Places, mesh: dict[str, int], cell: Cell, target: Target) -
 def compute_seconds(cell: Cell, devices: int, target: Target) -> float:
     """What a device computes in a step, recomputation included, at `UTILIZATION` of its peak."""
     size, train, length = SIZES[cell.llm.name], cell.train, cell.data.row_length
-    passes = 3 - (train.llm_rate == 0)
-    layers = (passes + (train.remat == "block")) * flops.decoder_flops(size, length, 0)
-    total = layers + passes * flops.head_flops(size, size.vocab_size, length)
+    passes = 3 if train.llm_rate else 2
+    total = (passes + 1) * flops.decoder_flops(size, length, 0)  # each layer is computed again
+    total += passes * flops.head_flops(size, size.vocab_size, length)
     peak = peak_flops(target.kind, "bfloat16") or math.nan
     return train.batch_size / devices * total / (UTILIZATION * peak)
 
@@ -408,7 +399,8 @@ def measure(args: argparse.Namespace, size: str, axes: str, count: int) -> dict[
     lowered, places = lower_step(cell, make_mesh(**shape, devices=make_devices(args.target, count)))
     start = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        # Of a CPU's program the machine code is of no interest.
+        compiled = lowered.compile({"xla_backend_optimization_level": 0} if args.target == "cpu" else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -446,8 +438,7 @@ def alone(argv: list[str], size: str, axes: str, count: int) -> dict[str, Any]:
     done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{size} on {axes} of {count}: {done.stderr[-2000:]}")
-    row: dict[str, Any] = json.loads(done.stdout)
-    return row
+    return dict(json.loads(done.stdout))
 
 
 COLUMNS = "gather scatter reduce to-all permute total expected ratio state temp compute send none all compile"
@@ -483,7 +474,6 @@ def main() -> int:
     parser.add_argument("--visual-tokens", type=int, default=144, help="of the image; 0 for a blind model")
     parser.add_argument("--stage", type=int, choices=(1, 2), default=2, help="in 1 the LLM is frozen")
     parser.add_argument("--accumulate", type=int, default=1)
-    parser.add_argument("--remat", default="block")
     parser.add_argument("--dtype", default="bfloat16", help="of computation; masters are float32")
     parser.add_argument("--top", type=int, default=0, help="show so many of the largest collectives")
     parser.add_argument("--hlo", default="", help="write the last compiled program to this file")

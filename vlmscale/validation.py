@@ -106,6 +106,8 @@ def _check_train(cell: Cell) -> None:
     for name in not_negative.split():
         if not 0 <= values[name] < math.inf:
             raise UserError(f"{name}={values[name]}: must be finite and not negative")
+    if train.seed >= 2**32:
+        raise UserError(f"train.seed={train.seed}: must be below 2**32")
     if train.order_seed < -1:
         raise UserError(f"train.order_seed={train.order_seed}: a seed, or -1 for train.seed")
     if train.warmup_steps >= train.steps:

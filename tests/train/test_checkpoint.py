@@ -440,7 +440,7 @@ if moment == "rename":
     checkpoint._checksum = lambda path, do=checkpoint._checksum, **options: (
         killed() if path.name == "manifest.json" and (folder / "1").exists() else do(path, **options))
 if moment == "deletion":
-    checkpoint.shutil.rmtree = killed
+    checkpoint.shutil.rmtree = after(2, shutil.rmtree)
 checkpoints = checkpoint.Checkpoints(folder, keep=1)
 checkpoints.save(1, make_items(1))
 checkpoints.wait()

@@ -96,7 +96,7 @@ def load_run(path: Path) -> LoadedRun:
     cell, prepared = load_prepared(path)
     model, tower = build_model(cell, prepared.vocab_rows(cell)), prepared.tower(cell)
     places = lay_out(cell, model, make_mesh(), tower, jnp.float32)
-    checkpoints = Checkpoints(path / CHECKPOINTS)
+    checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True)
     found = checkpoints.restore_latest({"params": places.trained})
     checkpoints.close()
     if found is None:

@@ -21,6 +21,7 @@ import logging
 import os
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -41,6 +42,7 @@ _UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # Orbax's, within the name of a step tha
 _SMALL = 2**20  # bytes; files up to this size have a CRC-32: all that say which array lies where
 _TIMEOUT = 7200  # seconds for a save in the background; Orbax's 1200 are few for 100 GB on a shared disk
 _ORBAX = f"{os.sep}orbax{os.sep}"  # in the paths of its source
+_REFUSALS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")  # in what TensorStore and XLA raise
 _Made = TypeVar("_Made")
 
 
@@ -76,7 +78,7 @@ class Checkpoints:
           folder: RUN/checkpoints; it is made by the first save.
           keep: good steps that stay; an older one is deleted once the next is on disk.
           tell: called on process 0 with one line for each damaged step.
-          read_only: change nothing; damaged steps are told and passed over.
+          read_only: change nothing, as for evaluation; damaged steps are told and passed over.
 
         Raises:
           OSError: something is to be removed or set aside, and the disk refuses.
@@ -167,8 +169,7 @@ class Checkpoints:
                     raise
                 fault = f"unreadable: {_root(error)}"
             fault = _agreed(fault)
-        if fault is None:
-            fault = _changed(path, restored)
+        fault = fault or _changed(path, restored)
         if fault is not None:
             raise DamagedError(f"{self.path}: step {step}", fault)
         return restored
@@ -280,8 +281,12 @@ class Checkpoints:
         with contextlib.suppress(Exception):  # the same failure again
             self._checkpointer.close()
         self._checkpointer = self._make_checkpointer()
-        if jax.process_index() == 0:
-            self._remove_unfinished(ignore_errors=True)  # what resists is left to the next opening
+        end, calm = time.monotonic() + 20, 0  # what is there after 20 s is left to the next opening
+        while jax.process_index() == 0 and calm < 10 and time.monotonic() < end:
+            # Writes that TensorStore has begun make their folders again, and nobody tells when they end.
+            calm = 0 if any(self.path.glob(f"*{_UNFINISHED}*")) else calm + 1
+            self._remove_unfinished(ignore_errors=True)
+            time.sleep(0.1)
 
     def _remove_unfinished(self, *, ignore_errors: bool = False) -> None:
         for path in self.path.glob(f"*{_UNFINISHED}*"):
@@ -327,11 +332,9 @@ class Checkpoints:
                     )
 
     def _read(self, path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
-        # The handler, not the checkpointer: that one waits for all processes, also where one has failed.
+        read = self._handler.restore  # the checkpointer's waits for all processes, also where one has failed
         return {
-            item: self._handler.restore(path / item, args=ocp.args.StandardRestore(tree))
-            if jax.tree.leaves(tree)
-            else tree
+            item: read(path / item, args=ocp.args.StandardRestore(tree)) if jax.tree.leaves(tree) else tree
             for item, tree in abstract.items()
         }
 
@@ -391,8 +394,7 @@ def _fault(path: Path) -> str | None:
         if manifest is None:
             return None if any(item.is_dir() for item in path.glob("*")) else "it is empty"
         for name, (size, checksum) in manifest["files"].items():
-            found = (path / name).stat().st_size
-            if found != size:
+            if (found := (path / name).stat().st_size) != size:
                 return f"{name} has {found} bytes of {size}"
             if checksum is not None and _checksum(path / name) != checksum:
                 return f"{name} has changed"
@@ -440,8 +442,7 @@ def _of_the_files(error: BaseException) -> bool:
         return False
     link: BaseException | None = error
     while link is not None:
-        text = str(link)
-        if isinstance(link, MemoryError) or "RESOURCE_EXHAUSTED" in text or "PERMISSION_DENIED" in text:
+        if isinstance(link, MemoryError) or any(word in str(link) for word in _REFUSALS):
             return False
         link = link.__cause__ or link.__context__
     return True
@@ -495,6 +496,4 @@ def _agreed(fault: str | None) -> str | None:
     if jax.process_count() == 1:
         return fault
     failed = multihost_utils.process_allgather(np.bool_(fault is not None))
-    if fault is None and failed.any():
-        return f"process {failed.argmax()} cannot read it"
-    return fault
+    return fault or (f"process {failed.argmax()} cannot read it" if failed.any() else None)

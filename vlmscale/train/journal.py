@@ -167,14 +167,17 @@ class Journal:
         self, groups: Sequence[Group], values: Sequence[dict[str, Any] | None], clock: dict[str, float]
     ) -> str:
         """What a terminal shows: the mean loss of living cells, and the speed."""
-        losses, tokens, speed = [], 0.0, {}
+        losses: list[float] = []
+        tokens, speed = 0.0, {}
         for group, own in zip(groups, values, strict=True):
             for place, index in enumerate(group.indices):
                 if own is not None and place not in group.failed:
                     losses.append(float(group.of_cell(own, place)["loss"]))
                     speed = self._speed(index, clock)
                     tokens += speed.get("tokens_per_s", 0.0)
-        return live_line(float(np.mean(losses)) if losses else math.nan, speed | {"tokens_per_s": tokens})
+        if speed:
+            speed["tokens_per_s"] = tokens
+        return live_line(float(np.mean(losses)) if losses else math.nan, speed)
 
     def _fail(self, index: int, step: int) -> None:
         self.failure = (

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmscale.distributed import agree, host_part, leader
-from vlmscale.records import make_directory, read_json, write_json
+from vlmscale.records import Status, make_directory, read_json, write_json
 from vlmscale.sharding import check_batch
 from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.cohort import Group, Groups, Member, faster_together
@@ -95,7 +95,8 @@ def train(
       FloatingPointError: no cell has finite numbers any more; the message names step and records.
       UserError: a config that does not fit data, devices or what is on disk.
     """
-    if all((member.run / "done.json").exists() for member in members):
+    left = [member for member in members if not (member.run / "done.json").exists()]
+    if not left or (len(left) < len(members) and all(Status(m.run).read().get("failed_at") for m in left)):
         return
     mesh = choose_mesh([member.cell for member in members], prepared)
     journal = Journal(members, mesh.size, tell)

@@ -130,9 +130,11 @@ def choose_mesh(cells: Sequence[Cell], prepared: Prepared) -> Mesh:
     """
     asked = cells[0].mesh
     tensor, fsdp = asked.tensor or 1, asked.fsdp
-    if not fsdp:
+    if not fsdp and asked.data:
+        fsdp = max(1, jax.device_count() // (tensor * asked.data))
+    elif not fsdp:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-        most = max(1, jax.device_count() // (tensor * (asked.data or 1)))
+        most = max(1, jax.device_count() // tensor)
         splits = [split for split in range(1, most + 1) if most % split == 0]
         nbytes = sum(state_bytes(cell, prepared.vocab_rows(cell)) for cell in cells) / tensor
         fits = [split for split in splits if nbytes / split <= _STATE_SHARE * limit]
@@ -247,7 +249,7 @@ def _restore_params(run: Path, flat: dict[str, Any]) -> Params:
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
         for path, leaf in flat.items()
     }
-    checkpoints = Checkpoints(run / "checkpoints")
+    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
     found = checkpoints.restore_latest({"params": unflatten_dict(float32, sep="/")})
     checkpoints.close()
     if found is None:
