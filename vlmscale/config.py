@@ -146,7 +146,7 @@ class TrainConfig:
     # Backend of attention (vlmscale/attention.py).
     attention: str = field(default="xla", metadata=_BYSTANDER)
     # Positions of a device whose logits exist at once.
-    loss_chunk: int = field(default=1024, metadata=_BYSTANDER)
+    loss_chunk: int = field(default=256, metadata=_BYSTANDER)
     # Cells of a cohort that differ in seed and learning rate alone as one batched program: "auto" measures
     # both at the first launch; "always", "never".
     batch_cells: str = field(default="auto", metadata=_BYSTANDER)

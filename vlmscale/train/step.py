@@ -19,7 +19,7 @@ from vlmscale.data import images
 from vlmscale.models.decoder import head_table
 from vlmscale.models.sizes import SIZES, TOWERS, TowerSize
 from vlmscale.models.vlm import VLM, Inputs, narrow
-from vlmscale.train.loss import chunked_cross_entropy
+from vlmscale.train.loss import DEFAULT_CHUNK, chunked_cross_entropy
 
 Params = dict[str, Any]
 Arrays = dict[str, Any]
@@ -162,7 +162,7 @@ class Objective:
 
     model: VLM
     loss_rows: int = 0
-    chunk: int = 1024
+    chunk: int = DEFAULT_CHUNK
     train_table: bool = True
 
     def weights(self, mask: jax.Array) -> jax.Array:
