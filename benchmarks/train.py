@@ -2,34 +2,36 @@
 
     python benchmarks/train.py                                       # CPU, float32, scaled down; some minutes
     python benchmarks/train.py --decoder qwen1.5-0.5b --tower siglip-so400m-patch14-384 --row-length 2048 \
-        --visual-tokens 729,144,16 --dtype bfloat16 --attention cudnn --compile --peers autocast,pure   # GPU
+        --visual-tokens 729,144,16 --dtype bfloat16 --attention cudnn --remat block --loss-chunk 1024 \
+        --compile --peers autocast,pure                              # one GPU
 
-LLaVA's second stage: the tower is frozen, projector and LLM train with AdamW, forward, backward and update.
-Every way trains on the same conversations, drawn as `benchmarks/packing.py` draws LLaVA's instruction mix,
-lengths scaled to `--row-length`; token ids and pixels are random, and in memory before the clock starts.
+LLaVA's second stage: the tower is frozen, projector and LLM train; forward, backward and AdamW. Every way
+trains on the same conversations, drawn as `benchmarks/packing.py` draws LLaVA's instruction mix, lengths
+scaled to `--row-length`, half of the text to be predicted; token ids and pixels are random, and in memory
+before the clock starts.
 
-  theirs         `LlavaForConditionalGeneration` in LLaVA's own order (`group_by_modality_length`, as on
-                 `DEVICES` devices), each batch padded to its longest: the peer of the ratios
-  theirs random  the same in random order
-  packed         ours, as `data.packing=pack` lays it out: rows of `--row-length`, in about as many updates
-  unpacked       ours, as `data.packing=none`: one conversation a row, rows as long as the longest of the mix
+  theirs    `LlavaForConditionalGeneration` in LLaVA's own order (`group_by_modality_length` on 8 devices,
+            of which this is one), batches of 16 padded to their longest: what ratios are to
+  shuffled  theirs in random order
+  packed    ours, as `data.packing=pack` lays it out: rows of `--row-length`, in about as many updates
+  unpacked  ours, as `data.packing=none`: one conversation a row, rows as long as the longest of the mix
 
 tokens/s counts real tokens, text and visual, not padding. A ratio is ours over theirs, above 1 is faster: of
-medians over rounds in which all run in turn, with the least and the largest of the rounds behind it. `mfu`
-is what the mathematics of those conversations needs, as `vlmscale.cost` counts it (logits where something is
-predicted, no recomputation, no padding), over the time and a large matrix product's measured rate.
+medians over rounds in which all run in turn, and the least and the largest of a round. `mfu` is what those
+conversations need as `vlmscale.cost` counts it (logits where something is predicted, no recomputation, no
+padding), over the time and what a large matrix product was measured to reach.
 
-Theirs is made as fast as its users can have it: SDPA, fused AdamW, a tower without gradients that ends at
-the layer which is read, `--compile` for torch.compile. With `--dtype bfloat16` both keep float32 masters and
-compute in bfloat16, theirs under autocast; `--peers pure` casts all of theirs, optimizer too, instead. Fewer
-visual tokens than patches are the mean over windows of patches, before the projector on both sides.
+Theirs is as fast as its users can have it: SDPA, fused AdamW, a tower without gradients that ends at the
+layer which is read, `--compile` for torch.compile. With `--dtype bfloat16` both keep float32 masters and
+compute in bfloat16, theirs under autocast; `--peers pure` casts all of theirs instead, its optimizer too.
+Fewer visual tokens than patches are means over windows of patches, before the projector on both sides.
 
-Before the clock starts the losses must agree: those of `STEPS` updates in a row on one batch, both
-unpacked, and the means over all supervised tokens of an epoch before them, theirs and ours packed. In
-float32 the exit code is 1 if any is further apart than `TOLERANCE`.
+Before the clock starts losses are compared: those of four updates in a row on one batch, both sides
+unpacked, and the means over an epoch's supervised tokens, ours packed. In float32 the exit code is 1 if any
+is further apart than 1e-4.
 
-Each row runs in a process of its own, so that memory is that of the row: on a GPU the peak of either side, on
-a CPU what the compiled programs of ours take.
+Each row runs in a process of its own, so that the memory is its own: on a GPU the peak of either side, on a
+CPU what our compiled step takes.
 """
 
 from __future__ import annotations
@@ -62,13 +64,7 @@ from vlmscale.data.sources import Picture
 from vlmscale.models.decoder import REMAT
 from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize, TowerSize
 from vlmscale.sharding import make_mesh, put_batch
-from vlmscale.train.recipe import (
-    compute_dtype,
-    make_objective,
-    make_optimizer,
-    trained_parts,
-    training_model,
-)
+from vlmscale.train.recipe import make_objective, make_optimizer, trained_parts, training_model
 from vlmscale.train.state import first_state
 from vlmscale.train.step import Knobs, make_train_step, normalise
 from vlmscale.train.together import make_encode
@@ -251,6 +247,14 @@ class Theirs:
             self.step(batch)
         peer.torch_done(self.device)
 
+    def memory(self, epochs: Sequence[Epoch]) -> int | None:
+        """Bytes that updates of the first epoch take at most, data left out; None on a CPU."""
+        if self.device == "cpu":
+            return None
+        torch.cuda.reset_peak_memory_stats()
+        self.train(epochs[0])
+        return torch.cuda.max_memory_allocated() - sum(epoch.nbytes for epoch in epochs)
+
     @torch.no_grad()
     def mean_loss(self, epoch: Epoch) -> float:
         """The mean over all supervised tokens of an epoch."""
@@ -268,15 +272,14 @@ class Ours:
         """Take the parameters over: they are no longer the caller's."""
         self.cell, self.mix, self.mesh = cell, mix, make_mesh(devices=jax.devices()[:1])
         self.optimizer = make_optimizer(cell.train)
-        dtype = compute_dtype(cell.train)
+        dtype = training_model(cell, mix.vocab).dtype
         self.frozen = {"tower": jax.tree.map(lambda x: x.astype(dtype), params.pop("tower"))}
         self.encode = make_encode([cell], self.frozen["tower"])
         self.begin(params)
 
-    def begin(self, params: dict[str, Any], learning_rate: float | None = None) -> None:
-        """Start anew from these parameters, with the cell's learning rate unless another is given."""
-        rate = self.cell.train.learning_rate if learning_rate is None else learning_rate
-        self.knobs = Knobs(jnp.float32(rate), jnp.uint32(SEED))
+    def begin(self, params: dict[str, Any]) -> None:
+        """Start anew from these parameters."""
+        self.knobs = Knobs(jnp.float32(self.cell.train.learning_rate), jnp.uint32(SEED))
         self.state = first_state(self.optimizer, params, self.mesh)
 
     def packed(self, row_length: int) -> tuple[Rows, Epoch, Epoch]:
@@ -352,12 +355,21 @@ class Rows:
         params = self.ours.state.params
         return sum(float(total(params, self.ours.encode(x))) for x in epoch.batches) / sum(epoch.targets)
 
-    @property
-    def nbytes(self) -> int:
-        """What the compiled step takes: state, batch and all that it makes on the way."""
+    def memory(self, epoch: Epoch) -> int:
+        """Bytes that an update takes at most, data left out; to be called before any other has run.
+
+        Of a CPU, which does not say, what the compiled step takes: state and all that it makes on the way.
+        """
+        ours = self.ours
+        ours.knobs = ours.knobs._replace(learning_rate=jnp.float32(0))
+        jax.block_until_ready(self.step(epoch.batches[0]))
+        used = jax.devices()[0].memory_stats()
+        ours.begin(ours.state.params)  # as they were
+        if used:
+            return used["peak_bytes_in_use"] - 2 * epoch.nbytes
         found = self.compiled.memory_analysis()
-        size = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-        return size - found.alias_size_in_bytes
+        step = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
+        return step - found.alias_size_in_bytes + peer.params_bytes(ours.frozen)
 
 
 # --- both ---------------------------------------------------------------------------------------------------
@@ -399,20 +411,18 @@ def measure(options: argparse.Namespace, visual_tokens: int, kind: str) -> dict[
     with jax.set_mesh(ours.mesh):
         rows, full, exact = ours.packed(options.row_length)
         grouped = theirs.epoch(mix, mix.batches)
-        found: dict[str, Any] = {"visual_tokens": visual_tokens, "peer": kind, "memory": {}}
-        found["means"] = [theirs.mean_loss(grouped), rows.mean_loss(exact)]
-        found["memory"]["packed"] = memory_of_ours(rows, full)
+        means = theirs.mean_loss(grouped), rows.mean_loss(exact)
+        memory = {"packed": rows.memory(full)}
         single, alone = ours.unpacked(shuffled)
         scattered = theirs.epoch(mix, shuffled)
-        found["losses"] = [
+        losses = [
             [float(side.step(epoch.batches[0])) for _ in range(STEPS)]
             for side, epoch in ((theirs, scattered), (single, alone))
         ]
-        if device == "cuda":
-            found["memory"]["theirs"] = memory_of_theirs(theirs, grouped, scattered)
+        memory["theirs"] = theirs.memory([grouped, scattered])
         ways = {
             "theirs": (theirs, grouped),
-            "theirs random": (theirs, scattered),
+            "shuffled": (theirs, scattered),
             "packed": (rows, full),
             "unpacked": (single, alone),
         }
@@ -422,7 +432,7 @@ def measure(options: argparse.Namespace, visual_tokens: int, kind: str) -> dict[
     per_token = mix.flops(cell) / float(mix.sizes[mix.chosen].sum())
     ceiling = peer.ceilings(options.dtype)["flops"]
     rates = {name: np.array([epoch.tokens / s for s in seconds[name]]) for name, (_, epoch) in ways.items()}
-    found["ways"] = {}
+    found: dict[str, Any] = {"visual_tokens": visual_tokens, "peer": kind, "ways": {}}
     for name, (_, epoch) in ways.items():
         rate, ratios = float(np.median(rates[name])), rates[name] / rates["theirs"]
         found["ways"][name] = {
@@ -434,11 +444,10 @@ def measure(options: argparse.Namespace, visual_tokens: int, kind: str) -> dict[
             "updates": len(epoch.batches),
             "s/update": epoch.tokens / rate / len(epoch.batches),
             "mfu": rate * per_token / ceiling,
-            "GiB": found["memory"].get(name, math.nan) / 2**30,
+            "GiB": memory[name] / 2**30 if memory.get(name) else None,
         }
-    del found["memory"]
-    found["apart"] = {name: apart(*found[name]) for name in ("means", "losses")}
-    return found
+    both = {"losses": losses, "means": means}
+    return found | both | {"apart": {name: apart(*values) for name, values in both.items()}}
 
 
 def apart(theirs: Any, ours: Any) -> float:
@@ -446,33 +455,15 @@ def apart(theirs: Any, ours: Any) -> float:
     return float(np.max(np.abs(np.asarray(ours) / np.asarray(theirs) - 1)))
 
 
-def memory_of_ours(rows: Rows, epoch: Epoch) -> int:
-    """Bytes that an update takes, the data left out; the parameters are the same behind it."""
-    ours = rows.ours
-    ours.begin(ours.state.params, learning_rate=0.0)
-    jax.block_until_ready(rows.step(epoch.batches[0]))
-    ours.begin(ours.state.params)
-    found = jax.devices()[0].memory_stats()
-    if not found:  # a CPU
-        return rows.nbytes + peer.params_bytes(ours.frozen)
-    return found["peak_bytes_in_use"] - 2 * epoch.nbytes
-
-
-def memory_of_theirs(theirs: Theirs, epoch: Epoch, other: Epoch) -> int:
-    """Bytes that updates of an epoch take at most, the data left out."""
-    torch.cuda.reset_peak_memory_stats()
-    theirs.train(epoch)
-    return torch.cuda.max_memory_allocated() - epoch.nbytes - other.nbytes
-
-
 def table(found: dict[str, Any]) -> str:
     """A row's measurements as text."""
     names = ("tokens/s", "ratio", "least", "most", "padding", "updates", "s/update", "mfu", "GiB")
-    apart = ", ".join(f"{what} {value:.1e}" for what, value in found["apart"].items())
-    lines = [f"V={found['visual_tokens']}, theirs {found['peer']}: apart in {apart}"]
-    lines.append(" " * 14 + "".join(f"{name:>10}" for name in names))
+    differ = ", ".join(f"{what} {value:.1e}" for what, value in found["apart"].items())
+    lines = [f"V={found['visual_tokens']}, theirs {found['peer']}; relative difference of {differ}"]
+    lines.append(" " * 10 + "".join(f"{name:>10}" for name in names))
     for way, values in found["ways"].items():
-        lines.append(f"{way:14}" + "".join(f"{values[name]:10.4g}" for name in names))
+        cells = ("-" if values[name] is None else f"{values[name]:.4g}" for name in names)
+        lines.append(f"{way:10}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -486,13 +477,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--visual-tokens", default="", help="counts, squares; the tower's patches if empty")
     parser.add_argument("--row-length", type=int, default=256, help="positions; the mix is scaled to it")
     parser.add_argument("--batches", type=int, default=16, help=f"of {BATCH} conversations that are timed")
-    parser.add_argument("--ways", default="theirs,theirs random,packed,unpacked", help="what is timed")
+    parser.add_argument("--ways", default="theirs,shuffled,packed,unpacked", help="what is timed")
     parser.add_argument("--peers", default="autocast", help="with bfloat16: autocast, pure or both")
     parser.add_argument("--compile", action="store_true", help="theirs through torch.compile")
     parser.add_argument("--checkpointing", action="store_true", help="of theirs, to save memory")
-    parser.add_argument("--remat", choices=REMAT, default="block", help="of ours")
+    parser.add_argument("--remat", choices=REMAT, default="dots", help="of ours")
     parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla", help="of ours")
-    parser.add_argument("--loss-chunk", type=int, default=1024, help="of ours")
+    parser.add_argument("--loss-chunk", type=int, default=256, help="of ours")
     parser.add_argument("--dtype", choices=peer.DTYPES, default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -503,7 +494,8 @@ def main() -> int:
     """Measure each row in a process of its own, show it; returns the exit code."""
     options = parse()
     counts = options.visual_tokens or str(TOWERS[options.tower].num_patches)
-    pairs = [(int(count), kind) for count in counts.split(",") for kind in options.peers.split(",")]
+    kinds = options.peers.split(",") if options.dtype == "bfloat16" else ["float32"]
+    pairs = [(int(count), kind) for count in counts.split(",") for kind in kinds]
     rows = []
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         for found in pool.map(partial(measure, options), *zip(*pairs, strict=True)):

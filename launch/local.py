@@ -30,7 +30,12 @@ class Running:
 
 
 def cores() -> list[int] | list[None]:
-    """The cores this process may use; [None] where the system does not say."""
+    """The cores this process may use, one for each cohort at a time; None where one gets no core of its own.
+
+    So it is where the system does not say, and on an accelerator: there a cohort has all cores to feed it.
+    """
+    if _platform() != "cpu":
+        return [None]
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return [None] * max(1, (os.cpu_count() or 1) // 2)
@@ -46,7 +51,9 @@ def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
     Returns:
       Whether a signal stopped the sweep.
     """
-    free: list[int | None] = [*cores()][: workers or None]
+    free: list[int | None] = [*cores()]
+    if workers is not None:
+        free = free[:workers] if free[0] is not None else [None] * workers
     waiting = sorted((c for c in cohorts if not c.finished), key=lambda c: -c.work)
     attempts: dict[str, int] = {}
     running: list[Running] = []
@@ -82,11 +89,15 @@ def _again(item: Running, attempts: int) -> bool:
     return code not in (0, EXIT_USER) and attempts < _MAX_ATTEMPTS
 
 
+def _platform() -> str:
+    """What cohorts run on: CPUs, unless JAX_PLATFORMS says otherwise."""
+    return os.environ.get("JAX_PLATFORMS") or "cpu"
+
+
 def _start(cohort: Cohort, core: int | None) -> Running:
     make_directory(cohort.path)
     log = (cohort.path / "log.txt").open("a")
-    environment = os.environ | {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-
+    environment = os.environ | {"JAX_PLATFORMS": _platform()}
     place = [] if core is None else ["--core", str(core)]
     cells = [str(cell.path) for cell in cohort.cells]
     words = [str(cohort.path), "--parent", str(os.getpid()), *place, "--cells", *cells]

@@ -225,7 +225,8 @@ def _add_sweep(commands: Any) -> None:
         "--memory",
         type=float,
         metavar="GIB",
-        help="what a process may take, for planning cohorts (default: an equal share of what is free)",
+        help="what a process may take, for planning cohorts (default: an equal share of this machine's free "
+        "memory; on an accelerator name that of the device)",
     )
     run.set_defaults(takes_config=True)
     status = add_command(
