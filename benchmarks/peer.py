@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -29,6 +30,7 @@ from vlmscale.sharding import make_mesh
 from vlmscale.weights.directory import load_directory
 from vlmscale.weights.hf_config import decoder_config, tower_config
 
+transformers.utils.logging.disable_progress_bar()
 DTYPES = {"float32": (jnp.float32, torch.float32), "bfloat16": (jnp.bfloat16, torch.bfloat16)}
 
 
@@ -58,10 +60,24 @@ def both_towers(size: TowerSize, dtype: str, device: str) -> tuple[torch.nn.Modu
     return _both(getattr(transformers, name), kind(**config), dtype, device)
 
 
+class PooledProjector(torch.nn.Module):
+    """Means over windows of patches, then the projector."""
+
+    def __init__(self, projector: torch.nn.Module, visual_tokens: int) -> None:
+        super().__init__()
+        self.projector, self.grid = projector, math.isqrt(visual_tokens)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, P, C] to [N, V, D]."""
+        side = math.isqrt(x.shape[1])
+        pooled = torch.nn.functional.adaptive_avg_pool2d(x.mT.unflatten(2, (side, side)), self.grid)
+        return self.projector(pooled.flatten(2).mT)
+
+
 def both_llavas(
-    decoder: DecoderSize, tower: TowerSize, image_id: int, dtype: str, device: str
-) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A random LLaVA of theirs with LLaVA-1.5's projector, and its parameters as ours, to train: in "scan".
+    decoder: DecoderSize, tower: TowerSize, visual_tokens: int, image_id: int, device: str
+) -> tuple[Any, dict[str, Any]]:
+    """A random LLaVA of theirs in float32, and its parameters as ours in the layout to train, "scan".
 
     Its tower ends at the layer that the projector reads, so that it computes none for nothing.
     """
@@ -75,7 +91,13 @@ def both_llavas(
         vision_feature_select_strategy="default" if tower.class_tokens else "full",
         tie_word_embeddings=decoder.tied_embeddings,
     )
-    return _both(transformers.LlavaForConditionalGeneration, config, dtype, device, "scan")
+    theirs: Any
+    theirs, ours = _both(transformers.LlavaForConditionalGeneration, config, "float32", device, "scan")
+    if visual_tokens < tower.num_patches:
+        theirs.model.multi_modal_projector = PooledProjector(
+            theirs.model.multi_modal_projector, visual_tokens
+        )
+    return theirs, ours
 
 
 def _both(

@@ -19,7 +19,7 @@ A row is packed: --length positions with one image, all supervised. --mesh takes
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import itertools
 import json
 import math
@@ -63,7 +63,6 @@ _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\]")
 _LINE = re.compile(r"\s*(ROOT )?%([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*?)\)(?:, (.*))?$")
 _HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|to_apply|body|\w+_computations?)=(\{.*?\}|\S+)")
-_COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(-start)?")
 
 
 class Instruction(NamedTuple):
@@ -126,7 +125,7 @@ def collectives(text: str, mesh: dict[str, int], dynamic: int = 1) -> list[Colle
         # A TPU's asynchronous collective stands in each fusion that it hides behind, and starts in one.
         started = {one.operands for one in lines if '"AsyncCollectiveStart"' in one.attributes}
         for one in lines:
-            kind = _COLLECTIVE.fullmatch(one.opcode)
+            kind = re.fullmatch(rf"({'|'.join(KINDS)})(-start)?", one.opcode)
             if kind is not None:
                 if (one.name,) in started or "chain_id=" not in one.attributes:
                     # A reduce-scatter of a TPU is a fusion of an all-reduce and a slice.
@@ -149,7 +148,7 @@ def collectives(text: str, mesh: dict[str, int], dynamic: int = 1) -> list[Colle
 def _collective(
     kind: str, one: Instruction, inside: dict[str, Instruction], mesh: dict[str, int], times: int
 ) -> Collective:
-    source = re.search(r'op_name="([^"]*)"', one.attributes)
+    source = (re.search(r'op_name="([^"]*)"', one.attributes) or ["", one.name])[1]
     arrays = _ARRAY.findall(" ".join(inside[operand].shape for operand in one.operands))
     largest = max(arrays, key=_nbytes)
     groups = _groups(one, math.prod(mesh.values()))
@@ -159,8 +158,7 @@ def _collective(
     # The mesh axes along which the members of a group differ.
     places = np.unravel_index(groups, tuple(mesh.values()))
     axes = "+".join(name for name, at in zip(mesh, places, strict=True) if (at != at[:, :1]).any())
-    named = source[1] if source else one.name
-    return Collective(kind, axes, largest[0], sent, times, n, len(set(groups[0] // HOST)), named)
+    return Collective(kind, axes, largest[0], sent, times, n, len(set(groups[0] // HOST)), source)
 
 
 def _nbytes(array: tuple[str, str]) -> int:
@@ -292,9 +290,11 @@ def make_devices(target: str, count: int) -> Any:
     if target == "cpu":
         jax.config.update("jax_num_cpu_devices", count)
         return jax.devices("cpu")
+    module, package = {"v5e": ("libtpu", "jax[tpu]"), "h100": ("jax_plugins", "jax-cuda13-plugin")}[target]
+    if importlib.util.find_spec(module) is None:
+        raise SystemExit(f"--target {target}: compiling for it needs {package} of jax's own version")
     if target == "v5e":
         return topologies.get_topology_desc(f"v5e:{V5E[count]}", "tpu").devices
-    importlib.import_module("jax_plugins.xla_cuda13")  # of jax[cuda13]: says so where it is missing
     shape = f"1x{-(-count // 8)}x{min(count, 8)}"  # slices, hosts of one, devices of one
     return topologies.get_topology_desc(target, "cuda", target_config=H100, topology=shape).devices
 
@@ -437,7 +437,7 @@ def alone(argv: list[str], size: str, axes: str, count: int) -> dict[str, Any]:
     command = [sys.executable, __file__, *argv, *words]
     done = subprocess.run(command, env=os.environ | quiet, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"{size} on {axes} of {count}: {done.stderr[-2000:]}")
+        raise SystemExit(f"{size} on {axes} of {count}: {done.stderr.strip()[-2000:]}")
     return dict(json.loads(done.stdout))
 
 
@@ -453,7 +453,7 @@ def table(row: dict[str, Any]) -> Iterator[str]:
     wanted, work, send = sum(row["expected"].values()) or math.nan, row["compute_s"], row["transfer_s"]
     numbers = [*(row["sent"][kind] / 1e6 for kind in KINDS), row["total"] / 1e6, wanted / 1e6]
     numbers += [row["total"] / wanted, row["state_bytes"] / 2**30, row["temporary_bytes"] / 2**30]
-    numbers += [1e3 * work, 1e3 * send, work / (work + send), min(1.0, work / (send or 1.0))]
+    numbers += [1e3 * work, 1e3 * send, work / (work + send), work / max(work, send)]
     yield head + "".join(f"{x:9.2f}" if x < 10 else f"{x:9.1f}" for x in [*numbers, row["compile_s"]])
     for one in row["top"]:
         name = f"{one['kind']} {one['dtype']} over {one['axes']}"
@@ -487,7 +487,6 @@ def main() -> int:
         print(f"{'size':13} {'mesh':9} {'n':>4}" + "".join(f"{name:>9}" for name in COLUMNS.split()))
     rows = []
     for size, axes, count in itertools.product(args.sizes, args.mesh, args.devices):
-        mesh_shape(axes, count)
         rows.append(alone(sys.argv[1:], size, axes, count))
         if not args.json:
             print("\n".join(table(rows[-1])), flush=True)

@@ -3,10 +3,10 @@
     python benchmarks/soak.py --minutes 30
 
 Trains the smallest cell of the demo in a process of its own, and kills it at random moments (SIGKILL, or
-SIGTERM for one in three), each time after 1 to 3 minutes. Prints for each attempt where it resumed, how it
-ended, and its resident memory 20 s after the first logged step and at the end; then the largest growth.
-Every step must be in metrics.jsonl once, and every attempt behind the first checkpoint must have resumed
-from one.
+SIGTERM for one in three), each time after 2.5 to 7 minutes. Prints for each attempt where it resumed, how
+it ended, and its resident memory (median of 20 samples, one a second) a minute after the first logged step
+and at the end; then the largest growth. Every step must be in metrics.jsonl once, and every attempt behind
+the first checkpoint must have resumed from one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-_WARM_S = 20.0
+_WARM_S, _SAMPLES = 60.0, 20
 
 
 def resident_gib(pid: int) -> float:
@@ -52,20 +53,21 @@ def attempt(words: list[str], run: Path, seconds: float, how: signal.Signals) ->
         while process.poll() is None and max(steps_of(run), default=0) <= before:
             time.sleep(0.5)
         time.sleep(_WARM_S)
-        warm = most = resident_gib(process.pid) if process.poll() is None else float("nan")
+        samples: list[float] = []
         while process.poll() is None and time.monotonic() - start < seconds:
+            samples.append(resident_gib(process.pid))
             time.sleep(1.0)
-            most = max(most, resident_gib(process.pid))
         process.send_signal(how)
         code = process.wait()
+    warm, last = statistics.median(samples[:_SAMPLES]), statistics.median(samples[-_SAMPLES:])
     status = json.loads((run / "status.json").read_text())
     return {
         "ended": how.name if code in (-how, 42) else f"exit {code}",
         "resumed_from": (status["resumed_from"] or [0])[-1],
         "steps": max(steps_of(run), default=0),
         "warm_gib": warm,
-        "most_gib": most,
-        "growth": most / warm - 1,
+        "last_gib": last,
+        "growth": last / warm - 1,
     }
 
 
@@ -86,7 +88,7 @@ def main() -> None:
         rows = []
         while time.monotonic() < end:
             how = signal.SIGTERM if draw.random() < 1 / 3 else signal.SIGKILL
-            left = max(40.0, min(draw.uniform(60, 180), end - time.monotonic()))
+            left = max(150.0, min(draw.uniform(150, 420), end - time.monotonic()))
             rows.append(attempt(words, run, left, how))
             print(
                 "  ".join(

@@ -38,8 +38,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -81,6 +80,8 @@ PAD, IMAGE, FIRST = 0, 1, 2  # ids of padding and of image slots, and the first 
 POOL = 4096  # conversations that the timed ones are taken from, as LLaVA's order has them
 BATCH, DEVICES = 16, 8  # conversations of a device's batch, and devices, in LLaVA's script
 ANSWERS = 0.5  # share of a conversation's text that is to be predicted
+RECIPE: dict[str, Any] = {"learning_rate": 1e-4, "beta2": 0.999, "weight_decay": 0.1, "clip_norm": 0.0}
+CONSTANT: dict[str, Any] = {"warmup_steps": 0, "final_rate": 1.0}
 STEPS, TOLERANCE = 4, 1e-4
 SEED = 0
 
@@ -105,8 +106,9 @@ class Mix:
         """Batches of LLaVA's order with the mix's share of batches without pictures, in random order."""
         text, images = self.lengths.text, self.lengths.images
         order = group_by_modality_length(text, images > 0, BATCH, DEVICES, SEED, epoch=0)
-        # The last are leftovers in no order, of all of LLaVA's 665k records a few.
-        every = order[: len(order) // (BATCH * DEVICES) * BATCH * DEVICES].reshape(-1, BATCH)
+        # Behind these are leftovers in no order; of LLaVA's 665k records they are next to none.
+        whole = sum(-(-int(np.sum(images == has)) // (BATCH * DEVICES)) - 1 for has in (0, 1))
+        every = order[: whole * BATCH * DEVICES].reshape(-1, BATCH)
         rng, seen = np.random.default_rng(SEED), images[every].mean(axis=1)
         blind = max(round(count * float(np.mean(images == 0))), 1)
         taken = [rng.choice(np.flatnonzero(seen == 1), count - blind, replace=False)]
@@ -164,46 +166,32 @@ class Epoch:
 # --- theirs -------------------------------------------------------------------------------------------------
 
 
-class PooledProjector(torch.nn.Module):
-    """Means over windows of patches, then the projector."""
-
-    def __init__(self, projector: torch.nn.Module, visual_tokens: int) -> None:
-        super().__init__()
-        self.projector, self.grid = projector, math.isqrt(visual_tokens)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, P, C] to [N, V, D]."""
-        side = math.isqrt(x.shape[1])
-        pooled = torch.nn.functional.adaptive_avg_pool2d(x.mT.unflatten(2, (side, side)), self.grid)
-        return self.projector(pooled.flatten(2).mT)
-
-
 class Theirs:
     """Transformers' LLaVA and its optimizer."""
 
-    def __init__(
-        self, model: torch.nn.Module, options: argparse.Namespace, kind: str, train: TrainConfig
-    ) -> None:
+    def __init__(self, model: Any, options: argparse.Namespace, kind: str, train: TrainConfig) -> None:
         """Freeze the tower, cast what is to be cast; `kind` is of `--peers`."""
         self.device = next(model.parameters()).device.type
         self.autocast = options.dtype == "bfloat16" and kind == "autocast"
         dtype = peer.DTYPES[options.dtype][1]
-        model.train().model.vision_tower.requires_grad_(False).to(dtype)
-        if not self.autocast:
-            model.to(dtype)
+        model.train().model.vision_tower.requires_grad_(False)
+        # Not the whole modules: the angles of rotary positions stay float32, as where a model is loaded so.
+        for parameter in (model.model.vision_tower if self.autocast else model).parameters():
+            parameter.data = parameter.data.to(dtype)
         if options.checkpointing:
             model.gradient_checkpointing_enable()
         trained = [x for x in model.parameters() if x.requires_grad]
         groups = [
-            {"params": [x for x in trained if x.ndim >= 2], "weight_decay": train.weight_decay},
-            {"params": [x for x in trained if x.ndim < 2], "weight_decay": 0.0},
+            {
+                "params": [x for x in trained if (x.ndim > 1) == matrix],
+                "weight_decay": matrix * train.weight_decay,
+            }
+            for matrix in (True, False)
         ]
-        self.optimizer = torch.optim.AdamW(
-            groups, train.learning_rate, betas=(0.9, train.beta2), eps=1e-8, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(groups, train.learning_rate, (0.9, train.beta2), 1e-8, fused=True)
         self.dtype, self.run = dtype, torch.compile(model) if options.compile else model
 
-    def epoch(self, mix: Mix, batches: Sequence[np.ndarray]) -> Epoch:
+    def epoch(self, mix: Mix, batches: Iterable[np.ndarray]) -> Epoch:
         """These batches, each padded to its longest."""
         made = [self._batch(mix, samples) for samples in batches]
         positions = sum(batch["input_ids"].numel() for batch in made)
@@ -229,7 +217,7 @@ class Theirs:
         return batch
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Its mean over the supervised tokens."""
+        """The mean over the supervised tokens."""
         with torch.autocast(self.device, torch.bfloat16, enabled=self.autocast):
             return self.run(**batch, use_cache=False).loss
 
@@ -314,7 +302,8 @@ class Rows:
     def __init__(self, ours: Ours, layout: Layout) -> None:
         """Nothing is compiled yet."""
         cell = ours.cell
-        self.ours, self.layout, self.compiled = ours, layout, None
+        self.ours, self.layout = ours, layout
+        self.compiled: Any = None
         self.objective = make_objective(cell, training_model(cell, ours.mix.vocab, layout.shape.rows))
         step = make_train_step(self.objective, ours.optimizer, trained_parts(cell))
         self.jitted = jax.jit(step, donate_argnums=0)
@@ -376,7 +365,7 @@ class Rows:
 
 
 def cell_of(options: argparse.Namespace, visual_tokens: int) -> Cell:
-    """The config of our side: a constant learning rate, no clipping."""
+    """The config of our side."""
     whole = visual_tokens == TOWERS[options.tower].num_patches
     return Cell(
         tower=TowerConfig(name=options.tower),
@@ -384,12 +373,8 @@ def cell_of(options: argparse.Namespace, visual_tokens: int) -> Cell:
         llm=LLMConfig(name=options.decoder),
         data=DataConfig(features="computed"),
         train=TrainConfig(
-            learning_rate=1e-4,
-            warmup_steps=0,
-            final_rate=1.0,
-            weight_decay=0.1,
-            clip_norm=0.0,
-            beta2=0.999,
+            **RECIPE,
+            **CONSTANT,
             dtype=options.dtype,
             remat=options.remat,
             attention=options.attention,
@@ -403,16 +388,14 @@ def measure(options: argparse.Namespace, visual_tokens: int, kind: str) -> dict[
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     size, tower = SIZES[options.decoder], TOWERS[options.tower]
     cell, mix = cell_of(options, visual_tokens), Mix(options, visual_tokens)
-    model, params = peer.both_llavas(size, tower, IMAGE, "float32", device)
-    if visual_tokens < tower.num_patches:
-        model.model.multi_modal_projector = PooledProjector(model.model.multi_modal_projector, visual_tokens)
+    model, params = peer.both_llavas(size, tower, visual_tokens, IMAGE, device)
     theirs, ours = Theirs(model, options, kind, cell.train), Ours(params, cell, mix)
     shuffled = np.random.default_rng(SEED).permutation(mix.chosen).reshape(-1, BATCH)
     with jax.set_mesh(ours.mesh):
         rows, full, exact = ours.packed(options.row_length)
         grouped = theirs.epoch(mix, mix.batches)
         means = theirs.mean_loss(grouped), rows.mean_loss(exact)
-        memory = {"packed": rows.memory(full)}
+        memory: dict[str, int | None] = {"packed": rows.memory(full)}
         single, alone = ours.unpacked(shuffled)
         scattered = theirs.epoch(mix, shuffled)
         losses = [
@@ -420,14 +403,16 @@ def measure(options: argparse.Namespace, visual_tokens: int, kind: str) -> dict[
             for side, epoch in ((theirs, scattered), (single, alone))
         ]
         memory["theirs"] = theirs.memory([grouped, scattered])
-        ways = {
+        ways: dict[str, tuple[Any, Epoch]] = {
             "theirs": (theirs, grouped),
             "shuffled": (theirs, scattered),
             "packed": (rows, full),
             "unpacked": (single, alone),
         }
         ways = {name: ways[name] for name in options.ways.split(",")}
-        runs = {name: partial(side.train, epoch) for name, (side, epoch) in ways.items()}
+        runs: dict[str, Callable[[], object]] = {
+            name: partial(side.train, epoch) for name, (side, epoch) in ways.items()
+        }
         seconds = peer.rounds(runs, options.repeats)
     per_token = mix.flops(cell) / float(mix.sizes[mix.chosen].sum())
     ceiling = peer.ceilings(options.dtype)["flops"]
@@ -444,7 +429,7 @@ def measure(options: argparse.Namespace, visual_tokens: int, kind: str) -> dict[
             "updates": len(epoch.batches),
             "s/update": epoch.tokens / rate / len(epoch.batches),
             "mfu": rate * per_token / ceiling,
-            "GiB": memory[name] / 2**30 if memory.get(name) else None,
+            "GiB": used / 2**30 if (used := memory.get(name)) else None,
         }
     both = {"losses": losses, "means": means}
     return found | both | {"apart": {name: apart(*values) for name, values in both.items()}}
@@ -487,16 +472,19 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", choices=peer.DTYPES, default="float32")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args()
+    options = parser.parse_args()
+    counts = options.visual_tokens or str(TOWERS[options.tower].num_patches)
+    options.visual_tokens = [int(count) for count in counts.split(",")]
+    if options.batches < 2 or max(options.visual_tokens) + 8 > options.row_length:
+        parser.error("at least 2 batches, with and without pictures, and rows with room behind a picture")
+    return options
 
 
 def main() -> int:
     """Measure each row in a process of its own, show it; returns the exit code."""
-    options = parse()
-    counts = options.visual_tokens or str(TOWERS[options.tower].num_patches)
+    options, rows = parse(), []
     kinds = options.peers.split(",") if options.dtype == "bfloat16" else ["float32"]
-    pairs = [(int(count), kind) for count in counts.split(",") for kind in kinds]
-    rows = []
+    pairs = [(count, kind) for count in options.visual_tokens for kind in kinds]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as pool:
         for found in pool.map(partial(measure, options), *zip(*pairs, strict=True)):
             rows.append(found)

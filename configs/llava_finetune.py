@@ -1,24 +1,25 @@
 r"""Stage 2 of LLaVA v1.5: compressor and LLM learn from 665,298 conversations; the tower is frozen.
 
-    vlmscale train --config configs/llava_finetune.py:qwen1.5-0.5b,16,pool --out runs/finetune-qwen1.5-0.5b-16-pool
+    vlmscale train --config configs/llava_finetune.py:qwen1.5-0.5b,16,pool \
+        --out runs/finetune-qwen1.5-0.5b-16-pool
 
-The argument, the tower and the LLM's directory are those of configs/llava_pretrain.py, whose run is to lie in
-runs/pretrain-LLM-VISUAL_TOKENS-COMPRESSOR, or is named by `--config.train.init_from=RUN`; with an empty RUN the
-compressor starts from random numbers. The data are those of configs/data/llava_instruct.py.
+The argument, the tower and the LLM's directory are those of configs/llava_pretrain.py, whose run is looked
+for in runs/pretrain-LLM-VISUAL_TOKENS-COMPRESSOR, or where `--config.train.init_from=RUN` says; with an
+empty RUN the compressor starts from random numbers. The data are those of configs/data/llava_instruct.py.
 
-The recipe is that of LLaVA's scripts: AdamW (beta 0.9, 0.999; no weight decay, no clipping in effect) at 2e-5 for
-all that trains, 3% warm-up, cosine to 0, 2,048 positions, one epoch in batches of 128 conversations, pictures padded
-to a square, the LLM's chat template (v1 for Vicuna, chatml for Qwen). 2,000 records are held out, so an epoch is
-5,183 steps and not 5,198. Of another data set it is ceil(records / 128): `--config.train.steps`, and 3% of it for
-`warmup_steps`.
+The recipe is that of LLaVA's scripts: AdamW (beta 0.9, 0.999; no weight decay, in effect no clipping) at
+2e-5 for all that trains, 3% warm-up, cosine to 0, 2,048 positions, one epoch in batches of 128
+conversations, pictures padded to a square, the LLM's chat template (v1 for Vicuna, chatml for Qwen). 2,000
+records are held out, so an epoch is 5,183 steps and not 5,198. For another data set it is ceil(records /
+128), by `--config.train.steps`, with 3% of it for `warmup_steps`.
 
-A row is one conversation and batches are those of LLaVA's `group_by_modality_length`: the same for every
-number of visual tokens, and padded to 2,048 positions, of which a small number of visual tokens leaves most empty.
-docs/reproduce.md says how to pack rows instead, which is 2 to 8 times cheaper, and what that changes.
-LLaVA's loss is a mean over devices of the mean over the tokens of 16 rows; `--config.train.loss_rows=16` gives such
-means, while without it all tokens of a batch count the same on any number of devices.
+A row is one conversation, in the order of LLaVA's `group_by_modality_length`: batches are LLaVA's, the same
+for every number of visual tokens, and padded to 2,048 positions. docs/reproduce.md says how to pack rows
+instead, which is 3 to 9 times cheaper, and what that changes. All tokens of a batch count the same in the
+loss; LLaVA's mean over devices of each one's mean is nearly that, since its sampler deals each device as
+many words.
 
-Hardware: LLaVA took 10 hours for 7B on 8 A100 of 80 GB. Not run on the originals: tests train this config on tiny
+Hardware: LLaVA took 10 hours for 7B on 8 A100. Not run on the originals: tests train this config on tiny
 checkpoints of the same kinds, and hold its steps against transformers' LLaVA under torch's AdamW.
 """
 

@@ -1,29 +1,31 @@
 r"""Stage 1 of LLaVA v1.5: the compressor alone learns, from 558,128 captions; tower and LLM are frozen.
 
-    vlmscale train --config configs/llava_pretrain.py:qwen1.5-0.5b,16,pool --out runs/pretrain-qwen1.5-0.5b-16-pool
+    vlmscale train --config configs/llava_pretrain.py:qwen1.5-0.5b,16,pool \
+        --out runs/pretrain-qwen1.5-0.5b-16-pool
 
-The argument is LLM,VISUAL_TOKENS,COMPRESSOR; without one it is LLaVA's own model, vicuna-7b-v1.5,576,mlp. Stage
-2 is configs/llava_finetune.py, and docs/reproduce.md goes from downloads to a law. What has to lie in the working
-directory, or is named by the key:
+The argument is LLM,VISUAL_TOKENS,COMPRESSOR; without one it is LLaVA's own model, vicuna-7b-v1.5,576,mlp.
+Stage 2 is configs/llava_finetune.py, and docs/reproduce.md goes from downloads to a law. What has to lie in
+the working directory, or is named by the key:
 
-    qwen1.5-0.5b/                  --config.llm.checkpoint, --config.data.tokenizer: the LLM, named as here
+    qwen1.5-0.5b/                  --config.llm.checkpoint, --config.data.tokenizer: the LLM, so named
     clip-vit-large-patch14-336/    --config.tower.checkpoint
     data/llava_pretrain/           --config.data.prepared: see configs/data/llava_pretrain.py
 
-The recipe is that of LLaVA's scripts: AdamW (beta 0.9, 0.999; no weight decay) at 1e-3, 3% warm-up, cosine to 0,
-2,048 positions, one epoch in batches of 256 conversations, pictures cropped, template `plain`. The scripts' clipping at
-a norm of 1 never reaches DeepSpeed, so there is none. 2,000 records are held out, so an epoch is 2,173 steps and not
-2,181. Of another data set it is ceil(records / 256): `--config.train.steps`, and 3% of it for `warmup_steps`.
+The recipe is that of LLaVA's scripts: AdamW (beta 0.9, 0.999; no weight decay) at 1e-3, 3% warm-up, cosine
+to 0, at most 2,048 tokens, one epoch in batches of 256 conversations, pictures cropped, template `plain`.
+The clipping at a norm of 1 that they name never reaches DeepSpeed, so there is none. 2,000 records are held
+out, so an epoch is 2,173 steps and not 2,181. For another data set it is ceil(records / 256), by
+`--config.train.steps`, with 3% of it for `warmup_steps`.
 
-A row is one conversation, so that batches are LLaVA's and the same for every number of visual tokens; rows are
-as long as the longest caption needs. docs/reproduce.md says how to pack rows instead, and what that changes.
-LLaVA's loss is the mean over 8 devices of the mean over the tokens of 32 rows; `--config.train.loss_rows=32`
-gives that, while without it all tokens of a batch count the same on any number of devices.
+A row is one conversation, so that batches are LLaVA's and the same for every number of visual tokens; rows
+are as long as the longest caption needs. docs/reproduce.md says how to pack rows instead, and what that
+changes. All tokens of a batch count the same in the loss; `--config.train.loss_rows=32` makes it the mean
+over groups of 32 rows of the mean in each, which is what LLaVA's is on 8 devices.
 
-A method that reads the question (quecc) is given the chat template in stage 1 too, as its authors did.
+A method that reads the question (quecc) is given the LLM's chat template here too, as its authors did.
 
-Hardware: LLaVA took 3.5 hours for 7B on 8 A100 of 80 GB. Device memory that is too small for a batch at once asks for
-`--config.train.accumulate=4`, which changes results by rounding alone. Not run on the originals: tests train
+Hardware: LLaVA took 3.5 hours for 7B on 8 A100. Where a batch does not fit, `--config.train.accumulate=4`
+computes it in four parts, which changes results by rounding alone. Not run on the originals: tests train
 this config on tiny checkpoints of the same kinds.
 """
 

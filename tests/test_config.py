@@ -23,9 +23,19 @@ TINY = "configs/scenes_tiny.py"
 BYSTANDERS = {
     "data.images",
     "data.workers",
+    "mesh.data",
+    "mesh.fsdp",
+    "mesh.tensor",
+    "train.accumulate",
+    "train.attention",
+    "train.batch_cells",
     "train.log_every",
+    "train.loss_chunk",
     "train.heldout_every",
     "train.checkpoint_every",
+    "train.keep",
+    "train.profile",
+    "train.remat",
     "evaluate.batch_size",
     "evaluate.visual_tokens",
 }
@@ -34,6 +44,7 @@ OTHERS = {
     "compressor.name": "tokenpacker",
     "compressor.options": "placement=after",
     "evaluate.visual_tokens": (1, 4),
+    "train.profile": (3, 5),
 }
 
 
@@ -125,7 +136,7 @@ def test_the_id_changes_with_what_changes_the_result_and_with_nothing_else(
 ) -> None:
     seen = {cell_id(Cell())}
     for key, value, metadata in leaves(Cell()):
-        if metadata.get("content") or metadata.get("mixture"):
+        if metadata.keys() & {"content", "mixture", "run"}:
             continue
         identity = cell_id(changed(key, other(key, value)))
         if key in BYSTANDERS:
@@ -137,6 +148,7 @@ def test_the_id_changes_with_what_changes_the_result_and_with_nothing_else(
         "tower.checkpoint",
         "data.records",
         "data.tokenizer",
+        "llm.checkpoint",
     }
     assert all(len(identity) == 12 and int(identity, 16) >= 0 for identity in seen)
 
@@ -154,6 +166,43 @@ def test_files_count_by_content(key: str, tmp_path: Path) -> None:
         cell_id(changed(key, str(first)))
     moved.write_text("[2]")
     assert cell_id(changed(key, str(moved))) != identity
+
+
+def test_an_earlier_stage_counts_by_the_parameters_it_ended_with(tmp_path: Path) -> None:
+    for name, digest in (("a", "1"), ("b", "2"), ("moved", "1")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "done.json").write_text(json.dumps({"params_sha256": digest}))
+    ids = {name: cell_id(changed("train.init_from", str(tmp_path / name))) for name in ("a", "b", "moved")}
+    assert ids["a"] == ids["moved"] != ids["b"]
+    assert cell_id(Cell()) not in ids.values()
+    with pytest.raises(UserError, match=r"train\.init_from=.*nowhere: is no run that was trained to its end"):
+        cell_id(changed("train.init_from", str(tmp_path / "nowhere")))
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("train.llm_rate", -0.5, "must not be negative"),
+        ("train.seed", 2**32, r"must be below 2\*\*32"),
+        ("train.order_seed", -2, "a seed, or -1"),
+        ("train.beta2", 1.0, "a share from 0 to 1"),
+        ("train.final_rate", 1.5, "a share from 0 to 1"),
+        ("train.accumulate", 3, "must divide the 8 blocks"),
+        ("train.loss_rows", 3, "must divide train.batch_size=8"),
+        ("train.profile", (5, 3), "first and last step"),
+        ("train.dtype", "float16", "unknown; the nearest is"),
+        ("train.nonfinite", "go", "unknown; the nearest is"),
+        ("train.remat", "all", "unknown; the nearest is"),
+        ("train.attention", "flash", "unknown; the nearest is"),
+        ("train.tower_rate", 0.1, r"set --config\.data\.features=computed"),
+        ("llm.checkpoint", "somewhere", r"set --config\.data\.tokenizer=somewhere"),
+    ],
+)
+def test_impossible_recipes_are_refused(key: str, value: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message) as error:
+        validate(changed(key, value))
+    assert str(error.value).startswith(key)
+    assert "\n" not in str(error.value)
 
 
 def test_prepared_data_counts_by_its_manifest_and_weight(tmp_path: Path) -> None:

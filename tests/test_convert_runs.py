@@ -31,10 +31,11 @@ from vlmscale.data.conversation import expand
 from vlmscale.data.images import decode_image
 from vlmscale.errors import UserError
 from vlmscale.evaluate.generation import prompt_batch
-from vlmscale.evaluate.runner import LoadedRun, abstract_params, answer_one, load_run
+from vlmscale.evaluate.runner import LoadedRun, answer_one, load_run
 from vlmscale.models.sizes import TOWERS
 from vlmscale.train.frozen import load_tower
 from vlmscale.train.prepared import pixels_of
+from vlmscale.train.state import boxed_params
 from vlmscale.train.step import build_model, model_inputs
 from vlmscale.weights import tree
 
@@ -198,7 +199,7 @@ def parts(exported: Callable[[str], tuple[LoadedRun, Path]]) -> LoadedRun:
     run, _ = exported("pool")
     cell = dataclasses.replace(run.cell, compressor=CompressorConfig("tokenpacker", 4))
     rng = np.random.default_rng(0)
-    shapes = abstract_params(cell, run.prepared.tokenizer.get_vocab_size())["compressor"]
+    shapes = boxed_params(build_model(cell, run.prepared.vocab_rows(cell)))["compressor"]
     drawn = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), nn.meta.unbox(shapes))
     return dataclasses.replace(run, cell=cell, params=run.params | {"compressor": drawn})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -215,6 +216,13 @@ def test_meshes(text: str, shape: tuple[int, ...]) -> None:
 def test_a_mesh_that_is_none(text: str) -> None:
     with pytest.raises(SystemExit, match="does not split 8 devices"):
         scaling.mesh_shape(text, 8)
+
+
+@pytest.mark.parametrize("target, package", [("v5e", "jax[tpu]"), ("h100", "jax-cuda13-plugin")])
+def test_a_compiler_that_is_missing_is_named(target: str, package: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match=f"--target {target}: .* {re.escape(package)} "):
+        scaling.make_devices(target, 8)
 
 
 def row_of(monkeypatch: Any, capsys: Any, *words: str) -> dict[str, Any]:

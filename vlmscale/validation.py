@@ -105,7 +105,7 @@ def _check_train(cell: Cell) -> None:
     )
     for name in not_negative.split():
         if not 0 <= values[name] < math.inf:
-            raise UserError(f"{name}={values[name]}: must be finite and not negative")
+            raise UserError(f"{name}={values[name]}: must not be negative, and finite")
     if train.seed >= 2**32:
         raise UserError(f"train.seed={train.seed}: must be below 2**32")
     if train.order_seed < -1:

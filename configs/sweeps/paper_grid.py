@@ -1,21 +1,22 @@
-r"""The grid of arXiv 2411.03312: Qwen1.5 of 0.5B, 1.8B, 4B and 7B with 1 to 576 visual tokens, in LLaVA's two stages.
+r"""The grid of arXiv 2411.03312: Qwen1.5 of 0.5B to 7B with 1 to 576 visual tokens, in LLaVA's two stages.
 
     vlmscale sweep run configs/sweeps/paper_grid.py --out runs/grid1
     vlmscale sweep run configs/sweeps/paper_grid.py --config.train.init_from=runs/grid1 --out runs/grid2
 
-The first is stage 1 (configs/llava_pretrain.py). The second, which names the first's directory, is stage 2
-(configs/llava_finetune.py): each cell goes on from the cell of the same LLM, compressor, count and seed there.
+The first is stage 1 (configs/llava_pretrain.py). The second, which names the directory of the first, is
+stage 2 (configs/llava_finetune.py): each cell goes on from the cell of the same LLM, compressor, count and
+seed.
 
-Three keys choose a part of the grid: `--config.llm.name=qwen1.5-0.5b` is a row, two names with a comma between
-them are two rows, `--config.compressor.visual_tokens=16` is a column; `--config.compressor.name=pool` is
-another method. Every other override applies to all cells.
+Three keys choose a part of the grid. `--config.llm.name=qwen1.5-0.5b` is a row of it, and two names with a
+comma between them are two rows; so `--config.compressor.visual_tokens=1,16` are two columns, and
+`--config.compressor.name=pool` is another method. Every other override applies to all cells.
 
-TokenPacker is the compressor at every count, since a law is fitted to one method: at 576 each of its windows
-is one patch. The paper compressed with TokenPacker too; that its 576 are LLaVA's plain projector is likely and
-not known here. Cells share one tokenizer, that of the first LLM: Qwen1.5 has one for all sizes.
+TokenPacker, with which the paper compressed, is the compressor at all counts, since a law is fitted to one
+method: at 576 each of its windows is one patch. Whether the paper's 576 are LLaVA's plain projector is not
+known here. Cells share one tokenizer, that of the first LLM: the sizes of Qwen1.5 have the same.
 
-What has to lie in the working directory, what it costs, and which machine to take: docs/reproduce.md. Not run
-on the originals: tests run both stages on tiny stand-ins.
+What has to lie in the working directory, what it costs, and on what machine: docs/reproduce.md. Not run on
+the originals: both stages were run on tiny stand-ins.
 """
 
 from collections.abc import Iterator, Sequence

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.local import run_cells
+from launch.cohorts import make_cohort
+from launch.local import run_cohorts
 from launch.state import CellDirectory, open_sweep
 from tests.integration.tiny import DATA, lines, read, saved_steps, steps, wait_for
 from vlmscale.cli import main
@@ -28,10 +29,11 @@ def get_sweep(overrides=()):
 
 
 def words(tmp_path: Path, *overrides: str, count: int = 20) -> list[str]:
-    """`vlmscale sweep run` of a blind and a seeing cell."""
+    """`vlmscale sweep run` of a blind and a seeing cell, each a cohort of its own."""
     path = tmp_path / "pair.py"
     path.write_text(FILE)
-    return ["sweep", "run", str(path), "--out", str(tmp_path / "out"), *DATA, *steps(count), *overrides]
+    command = ["sweep", "run", str(path), "--out", str(tmp_path / "out"), "--workers", "2"]
+    return [*command, *DATA, *steps(count), *overrides]
 
 
 def launcher(command: list[str]) -> subprocess.Popen[str]:
@@ -83,7 +85,7 @@ def test_a_sweep_runs_and_is_done(
     before = (out / "results.jsonl").stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr("vlmscale.train.prepared.prepare", lambda *_: pytest.fail("prepared again"))
-        patch.setattr("launch.local.run_cells", lambda *_: pytest.fail("run again"))
+        patch.setattr("launch.local.run_cohorts", lambda *_: pytest.fail("run again"))
         assert main(command) == 0
     assert "all 2 cells are done" in capsys.readouterr().out
     assert (out / "results.jsonl").stat().st_mtime_ns == before
@@ -121,7 +123,7 @@ def test_kills_leave_no_orphans_and_the_next_run_goes_on(tmp_path: Path) -> None
             for path in (out / "cells" / name for name in read(out / "sweep.json")["cells"])
         )
 
-    first = launcher([*command, "--workers", "2"])
+    first = launcher(command)
     assert wait_for(lambda: started() or first.poll() is not None), "no checkpoints"
     assert first.poll() is None, first.communicate()[1]
     running = workers(out)
@@ -158,6 +160,38 @@ def test_kills_leave_no_orphans_and_the_next_run_goes_on(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
+def test_cells_of_a_sweep_train_together_and_are_resumed_together(tmp_path: Path) -> None:
+    often = ("--config.train.checkpoint_every=3", "--config.train.heldout_every=1000")
+    command, out = words(tmp_path, *often, count=300), tmp_path / "out"
+    command[command.index("--workers") + 1] = "1"
+
+    def saved() -> list[int]:
+        return [step for path in out.glob("cohorts/*") for step in saved_steps(path)]
+
+    first = launcher(command)
+    assert wait_for(lambda: bool(saved()) or first.poll() is not None), "no checkpoint"
+    [worker] = workers(out)
+    before = saved()[-1]
+    os.kill(worker, signal.SIGKILL)
+    assert wait_for(lambda: max(saved(), default=0) > before + 6 or first.poll() is not None)
+    first.send_signal(signal.SIGTERM)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 42, errors
+    stopped = saved()[-1]
+    assert main(command) == 0
+    for path in cells(out).values():
+        done = read(path / "done.json")
+        assert done["resumed_from"][-1] == stopped
+        assert done["resumed_from"][0] >= before
+        assert [line["step"] for line in lines(path / "metrics.jsonl")] == list(range(1, 301))
+        assert saved_steps(path) == [300]
+    rows = lines(out / "results.jsonl")
+    assert len(rows) == 22
+    assert {row["cohort_id"] for row in rows} == {path.name for path in out.glob("cohorts/*")}
+    assert main(["evaluate", "--run", str(cells(out)[1])]) == 0
+
+
+@pytest.mark.slow
 def test_a_failing_cell_is_reported_and_the_other_finishes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -189,8 +223,7 @@ def test_a_mistake_in_a_cell_is_not_tried_again(tmp_path: Path, capsys: pytest.C
     cell = CellDirectory("x", load_cell("configs/scenes_tiny.py:toy-14k,1", []), tmp_path / "x")
     cell.path.mkdir()
     (cell.path / "spec.json").write_text('{"cell_')
-    failed, stopped = run_cells([cell], 1)
-    assert (failed, stopped) == ([cell], False)
+    assert not run_cohorts([make_cohort([cell], tmp_path)], 1)
     assert capsys.readouterr().err.count("failed (exit 2)") == 1
     status = read(cell.path / "status.json")
     assert status["state"] == "failed"
