@@ -13,6 +13,7 @@ before the clock starts.
   theirs    `LlavaForConditionalGeneration` in LLaVA's own order (`group_by_modality_length` on 8 devices,
             of which this is one), batches of 16 padded to their longest: what ratios are to
   shuffled  theirs in random order
+  sorted    theirs with like lengths in a batch, as transformers' `group_by_length` has it: hardly any padding
   packed    ours, as `data.packing=pack` lays it out: rows of `--row-length`, in about as many updates
   unpacked  ours, as `data.packing=none`: one conversation a row, rows as long as the longest of the mix
 
@@ -81,7 +82,7 @@ POOL = 4096  # conversations that the timed ones are taken from, as LLaVA's orde
 BATCH, DEVICES = 16, 8  # conversations of a device's batch, and devices, in LLaVA's script
 ANSWERS = 0.5  # share of a conversation's text that is to be predicted
 RECIPE: dict[str, Any] = {"learning_rate": 1e-4, "beta2": 0.999, "weight_decay": 0.1, "clip_norm": 0.0}
-CONSTANT: dict[str, Any] = {"warmup_steps": 0, "final_rate": 1.0}
+RECIPE |= {"warmup_steps": 0, "final_rate": 1.0}  # a constant rate
 STEPS, TOLERANCE = 4, 1e-4
 SEED = 0
 
@@ -114,6 +115,13 @@ class Mix:
         taken = [rng.choice(np.flatnonzero(seen == 1), count - blind, replace=False)]
         taken.append(rng.choice(np.flatnonzero(seen == 0), blind, replace=False))
         return [every[at] for at in rng.permutation(np.concatenate(taken))]
+
+    def orders(self) -> dict[str, np.ndarray]:
+        """Batches [n, B] of the same sample numbers in each of their orders."""
+        rng, chosen = np.random.default_rng(SEED), self.chosen
+        by_length = chosen[np.argsort(self.sizes[chosen], kind="stable")].reshape(-1, BATCH)
+        shuffled = rng.permutation(chosen).reshape(-1, BATCH)
+        return {"theirs": np.stack(self.batches), "shuffled": shuffled, "sorted": rng.permutation(by_length)}
 
     @property
     def blank(self) -> Picture:
@@ -189,6 +197,7 @@ class Theirs:
             for matrix in (True, False)
         ]
         self.optimizer = torch.optim.AdamW(groups, train.learning_rate, (0.9, train.beta2), 1e-8, fused=True)
+        torch._dynamo.config.capture_scalar_outputs = True  # else a check of theirs cuts the graph
         self.dtype, self.run = dtype, torch.compile(model) if options.compile else model
 
     def epoch(self, mix: Mix, batches: Iterable[np.ndarray]) -> Epoch:
@@ -235,10 +244,10 @@ class Theirs:
             self.step(batch)
         peer.torch_done(self.device)
 
-    def memory(self, epochs: Sequence[Epoch]) -> int | None:
-        """Bytes that updates of the first epoch take at most, data left out; None on a CPU."""
+    def memory(self, epochs: Sequence[Epoch]) -> int:
+        """Bytes that updates of the first epoch take at most, data left out; 0 where it is not told."""
         if self.device == "cpu":
-            return None
+            return 0
         torch.cuda.reset_peak_memory_stats()
         self.train(epochs[0])
         return torch.cuda.max_memory_allocated() - sum(epoch.nbytes for epoch in epochs)
@@ -355,7 +364,7 @@ class Rows:
         used = jax.devices()[0].memory_stats()
         ours.begin(ours.state.params)  # as they were
         if used:
-            return used["peak_bytes_in_use"] - 2 * epoch.nbytes
+            return int(used["peak_bytes_in_use"]) - 2 * epoch.nbytes
         found = self.compiled.memory_analysis()
         step = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
         return step - found.alias_size_in_bytes + peer.params_bytes(ours.frozen)
@@ -374,11 +383,7 @@ def cell_of(options: argparse.Namespace, visual_tokens: int) -> Cell:
         data=DataConfig(features="computed"),
         train=TrainConfig(
             **RECIPE,
-            **CONSTANT,
-            dtype=options.dtype,
-            remat=options.remat,
-            attention=options.attention,
-            loss_chunk=options.loss_chunk,
+            **{name: getattr(options, name) for name in ("dtype", "remat", "attention", "loss_chunk")},
         ),
     )
 
@@ -390,25 +395,20 @@ def measure(options: argparse.Namespace, visual_tokens: int, kind: str) -> dict[
     cell, mix = cell_of(options, visual_tokens), Mix(options, visual_tokens)
     model, params = peer.both_llavas(size, tower, visual_tokens, IMAGE, device)
     theirs, ours = Theirs(model, options, kind, cell.train), Ours(params, cell, mix)
-    shuffled = np.random.default_rng(SEED).permutation(mix.chosen).reshape(-1, BATCH)
+    orders = mix.orders()
     with jax.set_mesh(ours.mesh):
         rows, full, exact = ours.packed(options.row_length)
-        grouped = theirs.epoch(mix, mix.batches)
-        means = theirs.mean_loss(grouped), rows.mean_loss(exact)
-        memory: dict[str, int | None] = {"packed": rows.memory(full)}
-        single, alone = ours.unpacked(shuffled)
-        scattered = theirs.epoch(mix, shuffled)
+        ways: dict[str, tuple[Any, Epoch]] = {
+            name: (theirs, theirs.epoch(mix, order)) for name, order in orders.items()
+        }
+        means = theirs.mean_loss(ways["theirs"][1]), rows.mean_loss(exact)
+        memory = {"packed": rows.memory(full)}
+        ways |= {"packed": (rows, full), "unpacked": ours.unpacked(orders["shuffled"])}
         losses = [
             [float(side.step(epoch.batches[0])) for _ in range(STEPS)]
-            for side, epoch in ((theirs, scattered), (single, alone))
+            for side, epoch in (ways["shuffled"], ways["unpacked"])
         ]
-        memory["theirs"] = theirs.memory([grouped, scattered])
-        ways: dict[str, tuple[Any, Epoch]] = {
-            "theirs": (theirs, grouped),
-            "shuffled": (theirs, scattered),
-            "packed": (rows, full),
-            "unpacked": (single, alone),
-        }
+        memory["theirs"] = theirs.memory([ways[name][1] for name in orders])
         ways = {name: ways[name] for name in options.ways.split(",")}
         runs: dict[str, Callable[[], object]] = {
             name: partial(side.train, epoch) for name, (side, epoch) in ways.items()
@@ -462,7 +462,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--visual-tokens", default="", help="counts, squares; the tower's patches if empty")
     parser.add_argument("--row-length", type=int, default=256, help="positions; the mix is scaled to it")
     parser.add_argument("--batches", type=int, default=16, help=f"of {BATCH} conversations that are timed")
-    parser.add_argument("--ways", default="theirs,shuffled,packed,unpacked", help="what is timed")
+    parser.add_argument("--ways", default="theirs,shuffled,sorted,packed,unpacked", help="what is timed")
     parser.add_argument("--peers", default="autocast", help="with bfloat16: autocast, pure or both")
     parser.add_argument("--compile", action="store_true", help="theirs through torch.compile")
     parser.add_argument("--checkpointing", action="store_true", help="of theirs, to save memory")

@@ -37,7 +37,6 @@ _OWN: dict[str, set[str] | None] = {
         "tower_rate",
         "final_rate",
         "beta2",
-        "loss_rows",
         "nonfinite",
         "remat",
         "loss_chunk",

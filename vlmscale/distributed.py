@@ -49,6 +49,8 @@ def start(spec: str, timeout_s: float = 300.0) -> None:
     """
     if not spec:
         return
+    # On CPUs two programs at a time may wait for each other's collectives, in another order in each process.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     if spec == "auto":
         slurm = _OPEN_MPI not in os.environ and all(name in os.environ for name in _SLURM)
         words = _slurm(os.environ) if slurm else {}

@@ -7,7 +7,6 @@ a process makes its own contiguous part of every batch. Workers change who makes
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,6 +39,7 @@ _BY_ROW = (
     "target_mask",
 )
 _QUESTIONS = ("query_tokens", "query_length")
+_ENDLESS = 2**62  # blocks; Grain counts batches in float64, and sys.maxsize batches of one overflow
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def batches(
     blocks = per_process * processes
     plans.look_ahead(start_step * blocks)
     mine = slice(process * per_process, (process + 1) * per_process)
-    numbers = grain.MapDataset.range(sys.maxsize).batch(blocks).map(partial(_part, mine))
+    numbers = grain.MapDataset.range(_ENDLESS).batch(blocks).map(partial(_part, mine))
     chain = numbers.map(partial(_planned, source, layout, tuple(also), plans))[start_step:]
     if not workers:
         options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)

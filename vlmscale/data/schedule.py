@@ -32,6 +32,8 @@ class Schedule:
       weights: how often each data set is shown in an epoch.
       batch_size: rows of a batch, within which "modality_length" sorts.
       seed: of the order.
+      device_rows: rows that have a mean of their own in the loss, as those of a device in LLaVA:
+        "modality_length" deals conversations to them so that each group has about as many words; 0: all rows.
     """
 
     packing: str
@@ -43,6 +45,7 @@ class Schedule:
     weights: tuple[float, ...]
     batch_size: int
     seed: int
+    device_rows: int = 0
 
     def __call__(self, epoch: int) -> Plan:
         """The plan of an epoch."""
@@ -52,7 +55,9 @@ class Schedule:
             return plan(self.sizes, self.images, self.shape, self.seed, epoch, chosen)
         if self.packing == "modality_length":
             shown = self.images[chosen] > 0
-            order = group_by_modality_length(self.words[chosen], shown, self.batch_size, 1, self.seed, epoch)
+            rows = self.device_rows or self.batch_size
+            devices = self.batch_size // rows
+            order = group_by_modality_length(self.words[chosen], shown, rows, devices, self.seed, epoch)
             # Empty rows fill the last batch, or no batch of the next epoch would be one of the sampler's.
             ends = np.append(ends, np.full(-len(chosen) % self.batch_size, len(chosen)))
         else:

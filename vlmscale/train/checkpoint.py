@@ -341,7 +341,12 @@ class Checkpoints:
 
 def digests(items: dict[str, Any]) -> dict[str, jax.Array]:
     """A uint32 scalar for each array, by its path; the same for the same bits however they are sharded."""
-    return {name: _digest(leaf) for name, leaf in _leaves(items).items()}
+    found = {}
+    for name, leaf in _leaves(items).items():
+        found[name] = _digest(leaf)
+        if jax.process_count() > 1:  # on CPUs two programs at a time could wait for each other's collectives
+            found[name].block_until_ready()
+    return found
 
 
 @jax.jit

@@ -49,7 +49,11 @@ def open_run(cell: Cell, run: Path, data: Path, sweep: str, cohort: str = "") ->
         )
     where = os.path.relpath(data.resolve(), run.resolve())
     about = {"cell_id": own, "cohort_id": cohort or own, "sweep": sweep, "data": where}
-    write_json(spec, about | {"config": to_dict(cell)})
+    config = to_dict(cell)
+    for section, name in (("train", "init_from"), ("llm", "checkpoint")):  # what the run reads again later
+        if config[section][name]:
+            config[section][name] = str(Path(config[section][name]).resolve())
+    write_json(spec, about | {"config": config})
 
 
 def _differences(known: dict[str, Any], wanted: Cell) -> str:

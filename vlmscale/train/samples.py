@@ -113,6 +113,7 @@ class Samples:
             weights,
             train.batch_size,
             seed,
+            train.loss_rows,
         )
         return layout, schedule
 
