@@ -59,6 +59,7 @@ def attempt(words: list[str], run: Path, seconds: float, how: signal.Signals) ->
             time.sleep(1.0)
         process.send_signal(how)
         code = process.wait()
+    samples = samples or [float("nan")]  # stopped before it was warm
     warm, last = statistics.median(samples[:_SAMPLES]), statistics.median(samples[-_SAMPLES:])
     status = json.loads((run / "status.json").read_text())
     return {
@@ -96,7 +97,7 @@ def main() -> None:
                 ),
                 flush=True,
             )
-        logged, growth = steps_of(run), max(row["growth"] for row in rows)
+        logged, growth = steps_of(run), max(row["growth"] for row in rows if row["growth"] == row["growth"])
         saved = [row["resumed_from"] for row in rows[1:]]
         print(
             f"{len(rows)} attempts, {logged[-1]} steps, largest growth {growth:.1%}, "

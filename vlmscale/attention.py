@@ -325,6 +325,20 @@ def split_rows(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(over, *(None,) * (x.ndim - 1)))
 
 
+def split_lookup(x: Array) -> Array:
+    """Keep [B, T, D], looked up in a table that is split over `fsdp` by D, split by D until it is moved.
+
+    Rows are split over `data` and `fsdp` next (`split_rows`). On a mesh with both, XLA (jax 0.10) finds no
+    way from one to the other but the whole batch on every device, and adds up the table's gradient whole.
+    """
+    axes = _mesh_axes()
+    rows, width = axes.get("data", 1), axes.get("fsdp", 1)
+    if not {"data", "fsdp"} & axes.keys() or x.shape[0] % rows or x.shape[-1] % width:
+        return x
+    where = ("data" if "data" in axes else None, *(None,) * (x.ndim - 2), "fsdp" if "fsdp" in axes else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*where))
+
+
 def rotate(x: Array, positions: Array, theta: float) -> Array:
     """Rotary position embedding, rotate-half convention (pairs i, i + D/2), angles in float32.
 

@@ -271,10 +271,13 @@ def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"all {len(cells)} cells are done: {results}")
         _report(results)
         return 0
+    import jax
+
     from launch.cohorts import fix_cohorts
     from vlmscale.train.prepared import prepare
     from vlmscale.train.run import open_run
 
+    jax.config.update("jax_platforms", "cpu")  # this process must not hold the devices that its workers need
     prepared = prepare([cell.cell for cell in cells], arguments.out / "data", progress_bar(), tell)
     print(prepared.manifest["summary"], file=sys.stderr)
     memory = None if arguments.memory is None else arguments.memory * 2**30

@@ -186,7 +186,7 @@ def test_cells_of_one_shape_train_together_as_each_alone(make: Make) -> None:
 def test_other_decoders_train_on_a_mesh_as_alone(
     size: DecoderSize, mesh: str, make: Make, alone: Callable[..., Ran]
 ) -> None:
-    """With norms in heads and a head of its own; with heads and an MLP that eight devices do not split evenly."""
+    """With norms in heads and a head of its own; with heads and an MLP that eight devices split unevenly."""
     setup = make(POOL, size)
     found = run_on(setup, mesh_of(mesh), SHORT)
     assert found.held == by_the_rules(setup, mesh_of(mesh))

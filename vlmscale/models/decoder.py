@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlmscale.attention import attend, rotate, split_rows
+from vlmscale.attention import attend, rotate, split_lookup, split_rows
 from vlmscale.layers import Axes, Linear, RMSNorm, named
 from vlmscale.models.sizes import DecoderSize
 
@@ -149,7 +149,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Token ids [B, T] to embeddings [B, T, D]."""
-        return split_rows(self.embedding[tokens].astype(self.dtype))
+        return split_rows(split_lookup(self.embedding[tokens].astype(self.dtype)))
 
     def __call__(
         self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
