@@ -174,7 +174,7 @@ def test_every_way_of_packing_trains_and_says_how_rows_are_used(
         assert (said["rows"], said["rows_a_block"]) == (COUNT if packing == "none" else 48, 1)
     metrics = [line for line in (run / "metrics.jsonl").read_text().splitlines() if line]
     assert len(metrics) == 3
-    assert all('"input_wait_s"' in line for line in metrics)
+    assert all('"input_wait_s"' in line for line in metrics[1:])
 
 
 def test_rows_that_are_too_short_leave_conversations_out_and_say_so(

@@ -267,6 +267,7 @@ def _loop(run: Running, step: int, feed: Feed[dict[str, Any]]) -> None:
         if step == first:  # most of it was compilation
             jax.block_until_ready([group.state for group in run.alive])
             run.meter.skip()
+            flushed = time.monotonic()
         last = step == config.steps
         with_heldout = run.heldout is not None and (step % config.heldout_every == 0 or last)
         due = step % config.checkpoint_every == 0 or last
