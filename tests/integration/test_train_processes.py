@@ -120,8 +120,8 @@ def together(
             return math.inf not in ended
 
         if ready is not None:
-            wait_for(lambda: over() or len(list(folder.glob("*.ready"))) == count, SECONDS)
-            assert math.inf in ended, told(children)
+            there = wait_for(lambda: over() or len(list(folder.glob("*.ready"))) == count, SECONDS)
+            assert there and math.inf in ended, told(children)
             began, ended = time.monotonic(), [math.inf] * count
             ready(children)
         in_time = wait_for(over, SECONDS)

@@ -197,7 +197,8 @@ def _steps(
         state, metrics = step(state, frozen, batches[number % len(batches)], knobs)
         if not number:
             gradient = tree.flatten(state.opt_state[0].trace)
-        losses.append(metrics["loss"])
+        # Several processes with several CPU devices each hang with 32 programs in flight (jax 0.10.2).
+        losses.append(metrics["loss"].block_until_ready())
     if where is not None:
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == where
     assert not np.any(jax.device_get(state.skipped))

@@ -384,7 +384,7 @@ def test_files_are_hashed_once_for_all_cells(
     monkeypatch.setattr(hashlib, "file_digest", count)
     sweep = tmp_path / "sweep.py"
     sweep.write_text(
-        "from vlmscale.config import Sweep, load_cell\n"
+        "from vlmscale.config import Sweep\nfrom vlmscale.loading import load_cell\n"
         "def get_sweep(overrides=()):\n"
         "    return Sweep('x', [load_cell(f'configs/scenes_tiny.py:toy-14k,{v}', overrides) "
         "for v in (0, 1, 4, 16)])\n"
