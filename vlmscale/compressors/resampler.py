@@ -82,7 +82,10 @@ class Resampler(nn.Module):
     def _perceiver(self, x: jax.Array) -> jax.Array:
         media = dense(self.llm_width, "media", self.dtype, ("embed", "mlp"))(x)
         latents = self._queries("latents", nn.initializers.normal(1.0)).astype(self.dtype)
-        latents = jnp.broadcast_to(latents, (x.shape[0], *latents.shape))
+        media, latents = (
+            split_rows(media),
+            split_rows(jnp.broadcast_to(latents, (x.shape[0], *latents.shape))),
+        )
         heads = self.num_heads or _PERCEIVER_HEADS
         for index in range(self.depth):
             latents = PerceiverLayer(heads, self.head_dim, self.dtype, name=f"layer_{index}")(media, latents)
@@ -100,18 +103,18 @@ class PerceiverLayer(nn.Module):
     def __call__(self, media: jax.Array, latents: jax.Array) -> jax.Array:
         """Media [N, P, D] and latents [N, V, D] to latents [N, V, D]."""
         width, inner = latents.shape[-1], self.num_heads * self.head_dim
-        normed = self._norm("latent_norm")(latents)
-        seen = jnp.concatenate([self._norm("media_norm")(media), normed], axis=1)
+        normed = split_rows(self._norm("latent_norm")(latents))
+        seen = split_rows(jnp.concatenate([self._norm("media_norm")(media), normed], axis=1))
 
         def heads(x: jax.Array, name: str) -> jax.Array:
             y = self._dense(inner, name, ("embed", "heads"))(x)
             return y.reshape(*x.shape[:2], self.num_heads, self.head_dim)
 
         mixed = attend(heads(normed, "q"), heads(seen, "k"), heads(seen, "v"))
-        mixed = mixed.reshape(*latents.shape[:2], inner)
+        mixed = split_rows(mixed.reshape(*latents.shape[:2], inner))
         latents = split_rows(latents + self._dense(width, "o", ("heads", "embed"))(mixed))
         h = self._dense(4 * width, "up", ("embed", "mlp"))(self._norm("mlp_norm")(latents))
-        h = self._dense(width, "down", ("mlp", "embed"))(nn.gelu(h, approximate=False))
+        h = split_rows(self._dense(width, "down", ("mlp", "embed"))(nn.gelu(h, approximate=False)))
         return split_rows(latents + h)
 
     def _dense(self, features: int, name: str, axes: tuple[str, str]) -> nn.Dense:

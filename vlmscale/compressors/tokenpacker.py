@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from vlmscale.attention import split_rows
 from vlmscale.compressors.features import Features
 from vlmscale.compressors.grid import split_regions
 from vlmscale.compressors.mlp import normed_mlp, project
@@ -47,8 +48,8 @@ class TokenPacker(nn.Module):
         )
         coarse = downsample_bilinear(features.selected.astype(jnp.float32), grid).astype(self.dtype)
         linear = dense(width, "q", self.dtype, ("embed", "mlp"), use_bias=False, kernel_init=small_normal)
-        q = LayerNorm(1e-6, self.dtype, name="q_norm")(linear(coarse))
-        q = q.reshape(batch * self.visual_tokens, 1, width)
+        q = LayerNorm(1e-6, self.dtype, name="q_norm")(split_rows(linear(split_rows(coarse))))
+        q = split_rows(q).reshape(batch * self.visual_tokens, 1, width)
         mixed = MultiheadAttention(self.num_heads, self.dtype, small_normal, name="attention")(q, k, v)
         mixed = mixed.reshape(batch, self.visual_tokens, width)
         tokens = project(mixed, self.llm_width, self.dtype, small_normal)
