@@ -124,7 +124,8 @@ def together(
 
         if ready is not None:
             there = wait_for(lambda: over() or len(list(folder.glob("*.ready"))) == count, SECONDS)
-            assert there and math.inf in ended, told(children)
+            assert there, told(children)
+            assert math.inf in ended, told(children)
             began, ended = time.monotonic(), [math.inf] * count
             ready(children)
         in_time = wait_for(over, SECONDS)
