@@ -94,6 +94,31 @@ def make_batch(case: Case, rows: int = ROWS, vocab: int = VOCAB) -> Batch:
     return batch | ({"tower": tower_params()} if "tower" in case.needs else {})
 
 
+def pack(batch: Batch) -> Batch:
+    """Two samples a row: segments 1 and 2, their images 2 * row and 2 * row + 1."""
+    rows, length = batch["tokens"].shape
+    pairs = {name: values.reshape(rows // 2, -1) for name, values in batch.items() if name in _BY_TOKEN}
+    second = np.arange(2 * length) >= length
+    pairs["image_slots"] = pairs["image_slots"] * np.where(second, 2, 1)
+    pairs["segment_ids"] = pairs["segment_ids"] * np.where(second, 2, 1)
+    pairs["target_positions"] = pairs["target_positions"] + np.repeat([0, length], TARGETS)
+    return batch | pairs
+
+
+def share(packed: Batch) -> Batch:
+    """Two packed rows a block, whose images they own together."""
+    slots, segments = packed["image_slots"], packed["segment_ids"]
+    second = np.arange(len(slots))[:, None] % 2 == 1
+    numbered = {"image_slots": np.where(second & (slots > 0), slots + 2, slots)}
+    return packed | numbered | {"segment_ids": np.where(second & (segments > 0), segments + 2, segments)}
+
+
+_BY_TOKEN = (
+    *("tokens", "image_slots", "positions", "segment_ids"),
+    *("target_positions", "target_ids", "target_mask"),
+)
+
+
 def build(case: Case, size: DecoderSize = SIZE, vocab: int = VOCAB, **options: Any) -> VLM:
     """The model of a case."""
     return VLM(size, vocab, case.name, case.visual_tokens, options=case.options, tower_size=TOWER, **options)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compressors.cases import ROWS, TARGETS, Batch, Case, build, cases, make_batch
+from tests.compressors.cases import Batch, Case, build, cases, make_batch, pack, share
 from vlmscale.compressors import COMPRESSORS, check_count
 from vlmscale.cost.count import count_flops
 from vlmscale.errors import UserError
@@ -25,31 +25,6 @@ from vlmscale.train.step import loss_sum, model_inputs
 from vlmscale.weights import tree
 
 every_method = pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.label)
-
-
-def pack(batch: Batch) -> Batch:
-    """Two samples a row: segments 1 and 2, their images 2 * row and 2 * row + 1."""
-    length = batch["tokens"].shape[1]
-    pairs = {name: values.reshape(ROWS // 2, -1) for name, values in batch.items() if name in _BY_TOKEN}
-    second = np.arange(2 * length) >= length
-    pairs["image_slots"] = pairs["image_slots"] * np.where(second, 2, 1)
-    pairs["segment_ids"] = pairs["segment_ids"] * np.where(second, 2, 1)
-    pairs["target_positions"] = pairs["target_positions"] + np.repeat([0, length], TARGETS)
-    return batch | pairs
-
-
-def share(packed: Batch) -> Batch:
-    """Two packed rows a block, whose images they own together."""
-    second = np.arange(ROWS // 2)[:, None] % 2 == 1
-    slots, segments = packed["image_slots"], packed["segment_ids"]
-    numbered = {"image_slots": np.where(second & (slots > 0), slots + 2, slots)}
-    return packed | numbered | {"segment_ids": np.where(second & (segments > 0), segments + 2, segments)}
-
-
-_BY_TOKEN = (
-    *("tokens", "image_slots", "positions", "segment_ids"),
-    *("target_positions", "target_ids", "target_mask"),
-)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
-from tests.compressors.cases import Case, cases
+from tests.compressors.cases import Case, cases, pack, share
 from tests.train.sharded_cases import (
     MESHES,
     SIZE,
@@ -125,6 +125,17 @@ def test_how_a_step_is_computed_changes_nothing(
     setup = varied(make(POOL, SIZE, 16), **options)
     found = run_on(setup, mesh_of(mesh), SHORT) if mesh else run_alone(setup, SHORT)
     assert_same(found, alone(POOL, SIZE, 16, steps=SHORT))
+
+
+@pytest.mark.parametrize("case", [Case("quecc", (), 4), Case("prumerge", (("count", "adaptive"),), 4)])
+def test_packed_rows_that_share_their_images_train_as_single_rows_do(
+    case: Case, make: Make, alone: Callable[..., Ran]
+) -> None:
+    """In blocks of two rows, each of two samples; one block lies on one device."""
+    single = make(case, SIZE, 16)
+    batches = tuple(share(pack(batch)) for batch in single.batches)
+    setup = replace(single, model=single.model.clone(block_rows=2), batches=batches)
+    assert_same(run_on(setup, mesh_of("all"), SHORT), alone(case, SIZE, 16, steps=SHORT))
 
 
 @pytest.mark.parametrize("mesh, parts", [("data", 1), ("all", 2)])
