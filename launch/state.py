@@ -85,7 +85,7 @@ def steps_done(cell: CellDirectory) -> int:
 
 
 def collect(cells: list[CellDirectory], out: Path) -> Path:
-    """All rows of finished cells in results.jsonl, each with the blind score of its LLM, data and seed."""
+    """All rows of finished cells in results.jsonl, each with a blind score where there is one."""
     rows: list[dict[str, Any]] = []
     for cell in cells:
         if cell.finished:
@@ -96,7 +96,8 @@ def collect(cells: list[CellDirectory], out: Path) -> Path:
 
     blind = {key(row): row["score"] for row in rows if row["visual_tokens"] == 0}
     for row in rows:
-        row["blind_score"] = blind.get(key(row))
+        if row.get("blind_score") is None:  # else it was asked without its pictures
+            row["blind_score"] = blind.get(key(row))
     path, lines = out / "results.jsonl", [json.dumps(row) for row in rows]
     if not path.exists() or path.read_text(encoding="utf-8").splitlines() != lines:
         write_lines(path, lines)  # its time tells whether the report is older

@@ -68,7 +68,8 @@ def _fail(cells: list[Path], line: str, code: int) -> int:
 
 
 def _train_and_evaluate(folder: Path, runs: list[Path]) -> None:
-    from vlmscale.evaluate.runner import evaluate, load_run
+    from vlmscale.evaluate.loaded import load_run
+    from vlmscale.evaluate.runner import evaluate
     from vlmscale.train.cohort import Member
     from vlmscale.train.loop import train
     from vlmscale.train.run import keep_programs, load_prepared
@@ -79,7 +80,7 @@ def _train_and_evaluate(folder: Path, runs: list[Path]) -> None:
     train(members, folder, opened[0][1], lambda step, steps, text: None, _say)
     for run in runs:
         if Status(run).read()["state"] != "done" and (run / "done.json").exists():
-            evaluate(load_run(run), None, lambda done, total: None)
+            evaluate(load_run(run), tell=_say)
             Status(run).update(state="done", last_error=None)
 
 

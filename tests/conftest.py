@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
+from tests.environment import PROGRAMS  # isort: skip  (before jax: it sets what jax reads)
 
 import flax.linen as nn
 import jax
@@ -24,6 +22,13 @@ from vlmscale.layers import abstract_params
 
 # Through jax's own config, not the environment, so that programs started by a test see the machine as it is.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_unconfigure() -> None:
+    """The programs of a run go with it."""
+    if PROGRAMS:
+        shutil.rmtree(PROGRAMS, ignore_errors=True)
+
 
 settings.register_profile("vlmscale", deadline=None, derandomize=True, database=None)
 settings.load_profile("vlmscale")

@@ -37,6 +37,9 @@ BYSTANDERS = {
     "train.profile",
     "train.remat",
     "evaluate.batch_size",
+    "evaluate.blind",
+    "evaluate.data",
+    "evaluate.tasks",
     "evaluate.visual_tokens",
 }
 # Of fields that are read in order to tell what is the same.

@@ -31,7 +31,7 @@ from vlmscale.data.conversation import expand
 from vlmscale.data.images import decode_image
 from vlmscale.errors import UserError
 from vlmscale.evaluate.generation import prompt_batch
-from vlmscale.evaluate.runner import LoadedRun, answer_one, load_run
+from vlmscale.evaluate.loaded import LoadedRun, answer_one, load_run
 from vlmscale.models.sizes import TOWERS
 from vlmscale.train.frozen import load_tower
 from vlmscale.train.prepared import pixels_of

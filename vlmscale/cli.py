@@ -15,10 +15,9 @@ from typing import Any
 
 from vlmscale import __version__
 from vlmscale.cli_data import add_data
+from vlmscale.cli_evaluate import DTYPES, add_distributed, add_evaluate
 from vlmscale.errors import EXIT_AGAIN, EXIT_USER, UserError, disk_fault
 from vlmscale.terminal import add_command, progress_bar, tell
-
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -111,29 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--out", type=Path, required=True, help="run directory; an unfinished run in it is resumed"
     )
-    train.add_argument(
-        "--distributed",
-        default="",
-        metavar="auto | HOST:PORT,COUNT,INDEX",
-        help="one of several processes: as Slurm or a TPU pod says, or by the coordinator's address",
-    )
+    add_distributed(train)
     train.set_defaults(takes_config=True)
 
-    evaluate = add_command(
-        commands, "evaluate", _evaluate, "answer and score a run's tasks", "vlmscale evaluate --run RUN"
-    )
-    evaluate.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR")
-    evaluate.add_argument("--tasks", help="comma-separated names (default all)")
-    evaluate.add_argument(
-        "--visual-tokens",
-        default="",
-        help="counts such as 1,4,16, of a compressor that gives many (m3, mqt); rows of others stay",
-    )
-    evaluate.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
-    )
-
-    _add_generate(commands)
+    add_evaluate(commands)
     _add_convert(commands)
     add_data(commands)
     _add_sweep(commands)
@@ -146,45 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands.add_parser("analyze", help="fit scaling laws and write a report (see vlmscale analyze --help)")
     return parser
-
-
-def _add_generate(commands: Any) -> None:
-    generate = add_command(
-        commands,
-        "generate",
-        _generate,
-        "answer a prompt about an image, with a trained run or a downloaded LLaVA",
-        'vlmscale generate --model llava-1.5-7b-hf --image PHOTO.jpg --prompt "USER: <image>\\n'
-        'What is this? ASSISTANT:" --max-new-tokens 32',
-    )
-    source = generate.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, dest="run_dir", metavar="DIR", help="a trained run")
-    source.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face directory, LLaVA or LLM")
-    generate.add_argument("--image", type=Path, help="a picture; without one the question is asked blind")
-    generate.add_argument(
-        "--prompt",
-        required=True,
-        help="a question for --run; for --model the whole text, taken literally but for \\n",
-    )
-    generate.add_argument("--max-new-tokens", type=int, help="longest answer (default 32; --run: its own)")
-    generate.add_argument(
-        "--visual-tokens",
-        type=int,
-        help="tokens of the image, of a --run whose compressor gives many counts (m3, mqt)",
-    )
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    generate.add_argument("--top-p", type=float, help="nucleus to sample from (default all)")
-    generate.add_argument("--seed", type=int, help="of sampling (default 0)")
-    generate.add_argument("--dtype", choices=_DTYPES, help="default float32 on CPU, else bfloat16 (--model)")
-    generate.add_argument(
-        "--attention",
-        choices=("xla", "cudnn", "splash"),
-        default="xla",
-        help="backend of tower and prefill (--model): xla anywhere (default), cudnn GPU, splash TPU",
-    )
-    generate.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
-    )
 
 
 def _add_convert(commands: Any) -> None:
@@ -204,7 +145,7 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument(
         "--part", choices=("all", "llm", "tower"), default="all", help="one part of a LLaVA (--model)"
     )
-    convert.add_argument("--dtype", choices=_DTYPES, help="what tensors are cast to (default: as they are)")
+    convert.add_argument("--dtype", choices=DTYPES, help="what tensors are cast to (default: as they are)")
 
 
 def _add_sweep(commands: Any) -> None:
@@ -382,106 +323,6 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return 0
 
 
-def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from vlmscale.evaluate.runner import evaluate, load_run
-    from vlmscale.records import Status
-
-    bar = progress_bar()
-    tasks = arguments.tasks.split(",") if arguments.tasks else None
-    try:
-        counts = [int(word) for word in arguments.visual_tokens.split(",") if word]
-    except ValueError:
-        raise UserError(f"--visual-tokens {arguments.visual_tokens}: counts such as 1,4,16") from None
-    run = load_run(arguments.run_dir)
-    rows = evaluate(run, tasks, lambda done, total: bar("answering", done, total), counts)
-    if left := (arguments.run_dir / "not_asked.jsonl").read_text().count("\n"):
-        what = f"{left} question{'s' * (left > 1)}"
-        print(f"{what} longer than data.max_text_tokens, not asked: not_asked.jsonl", file=sys.stderr)
-    if tasks is None and not counts:  # else what the config asks for may still be missing
-        Status(arguments.run_dir).update(state="done")
-    if arguments.json:
-        print(
-            json.dumps({"run": str(arguments.run_dir), "rows": [json.loads(row.to_json()) for row in rows]})
-        )
-        return 0
-    print(f"{'task':14} {'group':12} {'V':>6} {'score':>7} {'chance':>7} {'items':>6}")
-    for row in rows:
-        what = f"{row.task:14} {row.task_group:12} {row.visual_tokens:6.4g}"
-        print(f"{what} {row.score:7.3f} {row.chance:7.3f} {row.n_items:6d}")
-    print(f"wrote {arguments.run_dir / 'result.jsonl'} and {arguments.run_dir / 'answers'}")
-    return 0
-
-
-def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from vlmscale.evaluate.generation import Sampling
-
-    longest = arguments.max_new_tokens
-    if longest is not None and longest < 1:
-        raise UserError(f"--max-new-tokens={longest}: must be above 0")
-    sampled = arguments.seed is not None or arguments.top_p is not None
-    if sampled and arguments.temperature == 0:
-        raise UserError("--seed and --top-p go with --temperature above 0; without it answers are greedy")
-    seed = arguments.seed or 0
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed={seed}: must be 0 or above and below 2**32")
-    sampling = Sampling(arguments.temperature, 1.0 if arguments.top_p is None else arguments.top_p)
-    if arguments.model:
-        if arguments.visual_tokens is not None:
-            raise UserError("--visual-tokens goes with --run; a downloaded model has one count")
-        return _generate_pretrained(arguments, sampling, seed)
-    from vlmscale.evaluate.runner import answer_one, load_run
-
-    if arguments.dtype or arguments.attention != "xla":
-        raise UserError("--dtype and --attention go with --model; a run answers in float32")
-    run = load_run(arguments.run_dir)
-    said = answer_one(
-        run, arguments.image, arguments.prompt, longest, sampling, seed, arguments.visual_tokens
-    )
-    _show_answer(arguments, arguments.prompt, said)
-    return 0
-
-
-def _show_answer(arguments: argparse.Namespace, prompt: str, said: Any) -> None:
-    if arguments.json:
-        print(json.dumps({"prompt": prompt, "text": said.text, "token_ids": said.token_ids}))
-    else:
-        print(said.text)
-
-
-def _generate_pretrained(arguments: argparse.Namespace, sampling: Any, seed: int) -> int:
-    import jax
-
-    from vlmscale.evaluate.pretrained import (
-        answer_request,
-        load_pretrained,
-        make_request,
-        mesh_of,
-        read_prompter,
-    )
-
-    prompt = arguments.prompt.replace("\\n", "\n")  # a shell's double quotes leave the two characters
-    prompter = read_prompter(arguments.model)
-    request = make_request(prompter, [prompt], [arguments.image], arguments.max_new_tokens or 32)
-    model = load_pretrained(
-        prompter, dtype=arguments.dtype, attention=arguments.attention, progress=progress_bar()
-    )
-    print(f"{arguments.model}: {model.report}", file=sys.stderr)
-    used = mesh_of(model).size
-    if used < jax.device_count():
-        print(
-            f"uses {used} of {jax.device_count()} devices: it does not divide over all",
-            file=sys.stderr,
-        )
-    try:
-        said = answer_request(model, request, sampling, seed)[0]
-    except ValueError as error:  # of the attention backend: another platform or dtype than it needs
-        if arguments.attention == "xla":
-            raise
-        raise UserError(f"--attention {arguments.attention}: {error}") from error
-    _show_answer(arguments, prompt, said)
-    return 0
-
-
 def _convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.convert import convert_directory, export_run
 
@@ -491,7 +332,7 @@ def _convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
         print(f"{arguments.model}: {report}", file=sys.stderr)
         left = report.not_copied
     else:
-        from vlmscale.evaluate.runner import load_run
+        from vlmscale.evaluate.loaded import load_run
 
         if arguments.part != "all":
             raise UserError(f"--part {arguments.part}: goes with --model")

@@ -20,6 +20,7 @@ def add_data(commands: Any) -> None:
     )
     _add_prepare(data)
     _add_stats(data)
+    _add_task(data)
     scenes = add_command(
         data, "scenes", _data_scenes, "write the built-in data set", "vlmscale data scenes --out DIR"
     )
@@ -52,6 +53,34 @@ def _add_prepare(data: Any) -> None:
     prepare.add_argument("--seed", type=int, default=0, help="of which those are (default %(default)s)")
     prepare.add_argument("--workers", type=int, help="processes (default: one a core)")
     _add_tokens(prepare)
+
+
+def _add_task(data: Any) -> None:
+    task = add_command(
+        data,
+        "task",
+        _data_task,
+        "the official files of a benchmark into a task file for vlmscale evaluate",
+        "vlmscale data task gqa --from testdev_balanced_questions.json --images gqa/images --out TASKS",
+    )
+    task.add_argument("name", metavar="NAME", help="benchmark such as gqa; docs/benchmarks.md has all")
+    task.add_argument(
+        "--from",
+        type=Path,
+        required=True,
+        dest="source",
+        metavar="PATH",
+        help="the official file, or the directory of the official files",
+    )
+    task.add_argument(
+        "--images", type=Path, metavar="DIR", help="the official pictures, where they lie apart"
+    )
+    task.add_argument("--out", type=Path, required=True, metavar="DIR", help="gets NAME.jsonl")
+    task.add_argument(
+        "--circular",
+        action="store_true",
+        help="every question once for each rotation of its options (mmbench)",
+    )
 
 
 def _add_stats(data: Any) -> None:
@@ -136,6 +165,16 @@ def _data_stats(arguments: argparse.Namespace, overrides: list[str]) -> int:
     print(json.dumps(stats) if arguments.json else table(stats))
     for path in plot(stats, arguments.out) if arguments.out else []:
         print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def _data_task(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.evaluate.converters import convert
+
+    report = convert(
+        arguments.name, arguments.source, arguments.out, arguments.images, circular=arguments.circular
+    )
+    print("\n".join(report.lines()))
     return 0
 
 

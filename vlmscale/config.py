@@ -169,6 +169,11 @@ class EvaluateConfig:
     # Token counts to evaluate at, for methods whose one model gives many; () for the compressor's own. Says
     # which rows there are, but changes none.
     visual_tokens: tuple[int, ...] = field(default=(), metadata=_BYSTANDER)
+    # Benchmarks or groups of them, "reasoning,textvqa", that are asked in place of the questions of the data,
+    # from the task files in directory `data`; and whether every question is asked without its picture too.
+    tasks: str = field(default="", metadata=_BYSTANDER)
+    data: str = field(default="", metadata=_BYSTANDER)
+    blind: bool = field(default=False, metadata=_BYSTANDER)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from vlmscale.data.processor import CONFIG as IMAGES
 from vlmscale.data.processor import NESTED, ImageProcessor, processor_config
 from vlmscale.data.tokenizer import IMAGE, tokenizer_files
 from vlmscale.errors import UserError
-from vlmscale.evaluate.runner import LoadedRun
+from vlmscale.evaluate.loaded import LoadedRun
 from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize
 from vlmscale.records import read_json
 from vlmscale.train.frozen import load_tower

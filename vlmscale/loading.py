@@ -6,6 +6,7 @@ works from any command.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import runpy
 import sys
@@ -60,6 +61,36 @@ def load_cell(spec: str, overrides: Sequence[str]) -> Cell:
         raise UserError(f"{path}: get_config must return a vlmscale.config.Cell, not {type(cell).__name__}")
     validate(cell)
     return cell
+
+
+def override(cell: Cell, overrides: Sequence[str], parts: Sequence[str]) -> Cell:
+    """A trained cell with other values of what training did not read.
+
+    Args:
+      cell: of a run; stays as it is.
+      overrides: command-line words, each `--config.KEY=VALUE`.
+      parts: of the config that may change.
+
+    Raises:
+      UserError: a key that is unknown or of another part, or a value of a wrong type.
+    """
+    if not overrides:
+        return cell
+    for word in overrides:
+        _check_override(word)
+        key = word.removeprefix("--config.").partition("=")[0]
+        if key.partition(".")[0] not in parts:
+            allowed = ", ".join(f"--config.{part}.*" for part in parts)
+            raise UserError(f"{word}: the run was trained with another; here only {allowed} may change")
+    values, argv = flags.FlagValues(), ["vlmscale", *overrides]
+    config_flags.DEFINE_config_dataclass("config", copy.deepcopy(cell), flag_values=values, sys_argv=argv)
+    try:
+        values(argv)
+        made: Cell = values["config"].value
+    except (flags.IllegalFlagValueError, TypeError, ValueError) as error:
+        raise UserError(f"wrong type or value: {str(error).strip().splitlines()[-1]}") from error
+    validate(made)
+    return made
 
 
 def find_config(path: str) -> Path:

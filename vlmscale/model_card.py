@@ -8,7 +8,7 @@ from typing import Any
 from vlmscale.compressors import COMPRESSORS, label, parse_options, spoken
 from vlmscale.config import Cell
 from vlmscale.data.tokenizer import ASSISTANT, IMAGE, USER
-from vlmscale.evaluate.runner import LoadedRun
+from vlmscale.evaluate.loaded import LoadedRun
 from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.validation import evaluable_counts
 

@@ -60,7 +60,10 @@ class ResultRow:
     metric: str
     score_raw: float
     score: float
+    stderr: float
     n_items: int
+    n_failed: int
+    details: dict[str, float]
     chance: float
     blind_score: float | None
     heldout_loss: float | None

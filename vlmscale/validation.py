@@ -164,6 +164,11 @@ def _check_compressor(cell: Cell) -> None:
         check_count(compressor.name, compressor.visual_tokens, tower.grid)
         COMPRESSORS[compressor.name].needs(tower, options)  # refuses what this tower cannot give
     check_evaluable(cell, "evaluate.visual_tokens", cell.evaluate.visual_tokens)
+    if bool(cell.evaluate.tasks) != bool(cell.evaluate.data):
+        raise UserError(
+            f"evaluate.tasks={cell.evaluate.tasks!r} and evaluate.data={cell.evaluate.data!r} go together: "
+            "names of benchmarks, and the directory of their task files"
+        )
 
 
 def check_evaluable(cell: Cell, option: str, asked: Sequence[int]) -> None:

@@ -8,12 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmscale.data.conversation import make_template
+from tests.evaluate.asked import items_of
 from vlmscale.data.dataset import Dataset, open_dataset
 from vlmscale.data.prepare import write_dataset
 from vlmscale.data.records import Record, Turn
-from vlmscale.data.tokenizer import train_tokenizer
-from vlmscale.evaluate.items import by_length, make_items
 
 
 def picture(shade: int) -> bytes:
@@ -33,19 +31,18 @@ def dataset(tmp_path: Path) -> Dataset:
 
 
 def test_a_question_by_itself_brings_the_pictures_shown_before_it(dataset: Dataset) -> None:
-    alone, behind = (make_items([dataset], history)[:3] for history in ("none", "gold"))
+    alone, behind = (items_of([dataset], history)[:3] for history in ("none", "gold"))
     assert [item.images for item in alone] == [item.images for item in behind] == [1, 1, 3]
     for item in alone:
-        assert item.question.count("<image>") == item.images
+        assert item.text.count("<image>") == item.images
         assert item.history == ()
-    assert [item.question for item in behind] == ["<image>\nFirst?", "Second?", "<image> and <image>?"]
+    assert [item.text for item in behind] == ["<image>\nFirst?", "Second?", "<image> and <image>?"]
     assert [len(item.history) for item in behind] == [0, 1, 2]
-    assert alone[2].question == "<image>\n<image> and <image>?"
+    assert alone[2].text == "<image>\n<image> and <image>?"
 
 
-def test_one_of_several_records_with_an_id_is_too_long(dataset: Dataset) -> None:
-    items = make_items([dataset], "none")
-    template = make_template("toy", train_tokenizer(["one two three"], 300))
-    short, long = by_length(items, template, 30)
-    assert [(item.id, item.record) for item in long] == [("same", 2)]
-    assert [item.record for item in short] == [0, 0, 0, 1, 3]
+def test_records_with_one_id_are_told_apart(dataset: Dataset) -> None:
+    found = items_of([dataset], "none")
+    assert [item.id for item in found[3:]] == ["same", "same~2", "same~3"]
+    assert [item.record for item in found] == [0, 0, 0, 1, 2, 3]
+    assert [item.question.question for item in found[3:]] == ["one", ("two " * 50).strip(), "three"]

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.evaluate.asked import answers, items_of
 from tests.integration.tiny import lines, picture, read, train
 from vlmscale.cli import main
 from vlmscale.data import scenes
 from vlmscale.data.dataset import open_dataset
 from vlmscale.data.records import Turn
 from vlmscale.evaluate.generation import make_generate, prompt_batch
-from vlmscale.evaluate.runner import LoadedRun, answer_items, answer_one, load_run, make_items
+from vlmscale.evaluate.loaded import LoadedRun, answer_one, load_run
 from vlmscale.records import ResultRow
 from vlmscale.train.step import build_model, model_inputs
 
@@ -27,8 +28,9 @@ ROW = (
     "run_id cell_id cohort_id sweep seed llm_name n_total n_nonembed vision_tower tower_flops compressor "
     "compressor_params compressor_flops query_pass_flops reducer tokens_per_layer kv_bytes visual_tokens "
     "text_tokens_mean gen_tokens_mean image_size data_mix data_samples stage_steps lr train_flops "
-    "infer_flops latency_ms device task task_group split prompt_id scorer metric score_raw score n_items "
-    "chance blind_score heldout_loss wall_s vlmscale_version git_commit finished_at status"
+    "infer_flops latency_ms device task task_group split prompt_id scorer metric score_raw score stderr "
+    "n_items n_failed details chance blind_score heldout_loss wall_s vlmscale_version git_commit "
+    "finished_at status"
 )
 
 
@@ -54,12 +56,16 @@ def test_rows_have_every_field_with_its_type(run: Path) -> None:
         assert list(row) == ROW.split()
         for name, value in row.items():
             kind = hints[name]
-            wanted = getattr(kind, "__args__", (kind,)) if kind != list[int] else (list,)
+            wanted = {list[int]: (list,), dict[str, float]: (dict,)}.get(kind) or getattr(
+                kind, "__args__", (kind,)
+            )
             assert isinstance(value, wanted) or (float in wanted and isinstance(value, int)), (name, value)
             assert not isinstance(value, bool)
         assert 0 <= row["score"] <= 1
         assert 0 <= row["chance"] <= 1
-        assert row["score"] == pytest.approx(row["score_raw"] / row["n_items"])
+        assert row["score_raw"] == pytest.approx(100 * row["score"])
+        assert row["stderr"] == pytest.approx((row["score"] * (1 - row["score"]) / row["n_items"]) ** 0.5)
+        assert row["n_failed"] == 0
         assert row["visual_tokens"] == 4
         assert row["n_nonembed"] < row["n_total"]
         assert min(row[name] for name in ("tower_flops", "train_flops", "infer_flops", "kv_bytes")) > 0
@@ -84,37 +90,42 @@ def test_answers_are_filed_by_item_and_explain_the_score(run: Path) -> None:
         hits = 0
         for line in answered:
             [turn] = asked[line["id"]].turns
-            assert (line["question"], line["truth"]) == (turn.question.removeprefix("<image>\n"), turn.answer)
+            assert line["question"] == turn.question.removeprefix("<image>\n")
+            assert line["truth"] == [turn.answer]
             assert asked[line["id"]].task == task
-            hits += line["answer"].strip() == turn.answer
-        assert hits == row["score_raw"]
+            assert line["score"] == (line["answer"].strip() == turn.answer)
+            hits += line["score"]
+        assert hits == pytest.approx(row["score"] * row["n_items"])
         seen += [line["id"] for line in answered]
     assert sorted(seen) == sorted(asked)
 
 
-def test_answers_do_not_depend_on_the_batch(loaded: LoadedRun) -> None:
-    items = make_items(loaded.prepared.datasets["test"], "none")
-    answers = {}
+def test_answers_do_not_depend_on_the_batch_or_its_order(loaded: LoadedRun, tmp_path: Path) -> None:
+    items = items_of(loaded.prepared.datasets["test"], "none")
+    found = {}
     for size in (3, 72, 400):
         config = dataclasses.replace(loaded.cell.evaluate, batch_size=size)
         other = dataclasses.replace(loaded, cell=dataclasses.replace(loaded.cell, evaluate=config))
         told: list[tuple[int, int]] = []
-        answers[size] = answer_items(other, items, "test", 4, lambda *done, told=told: told.append(done))
+        order = items if size == 3 else items[::-1]
+        note = lambda *done, told=told: told.append(done)  # noqa: E731
+        said = answers(other, order, "test", 4, tmp_path / str(size), note)
+        found[size] = said if order is items else said[::-1]
         assert told[-1] == (72, 72)
-    assert answers[3] == answers[72] == answers[400]
-    assert len({said.text for said in answers[3]}) > 3, "a model that always says the same proves nothing"
+    assert found[3] == found[72] == found[400]
+    assert len({said.text for said in found[3]}) > 3, "a model that always says the same proves nothing"
 
 
 def test_cached_decoding_is_the_same_as_no_cache(loaded: LoadedRun) -> None:
     """Greedy, one forward pass a token over the whole text, without any cache."""
-    items = make_items(loaded.prepared.datasets["test"], "none")[:4]
+    items = items_of(loaded.prepared.datasets["test"], "none")[:4]
     [dataset], [reader] = loaded.prepared.datasets["test"], loaded.prepared.pictures("test", [loaded.cell])
     assert reader is not None
     shown = [reader.read(dataset, item.record, dataset.images(item.record))[0]["selected"] for item in items]
     features = np.stack(shown)
     template, slots = loaded.prepared.template, loaded.cell.compressor.visual_tokens
     model = build_model(loaded.cell, loaded.prepared.tokenizer.get_vocab_size(), "loop")
-    prompts = [template.prompt(item.question) for item in items]
+    prompts = [template.prompt(item.text) for item in items]
     length = max(map(len, prompts)) + slots - 1
     batch: dict[str, Any] = prompt_batch(prompts, template, slots, length)
     batch["selected"] = features
@@ -180,15 +191,15 @@ def test_a_picture_gets_the_answer_that_evaluation_gave(run: Path, tmp_path: Pat
 
 def test_gold_history_puts_true_turns_before_a_question(loaded: LoadedRun) -> None:
     datasets = loaded.prepared.datasets["train"]
-    alone, behind = (make_items(datasets, history)[:9] for history in ("none", "gold"))
+    alone, behind = (items_of(datasets, history)[:9] for history in ("none", "gold"))
     assert (
         [item.id for item in alone] == [item.id for item in behind] == [f"train/000000#{i}" for i in range(9)]
     )
     assert all(item.history == () for item in alone)
     assert behind[2].history == datasets[0].record(0).turns[:2]
-    assert behind[2].history[0] == Turn(alone[0].question, alone[0].truth)
+    assert behind[2].history[0] == Turn(alone[0].text, alone[0].question.answers[0])
     # The picture is shown in the first turn; a later question by itself brings it along.
-    assert behind[2].question == alone[2].question.removeprefix("<image>\n")
+    assert behind[2].text == alone[2].text.removeprefix("<image>\n")
     assert [item.images for item in alone] == [item.images for item in behind] == [1] * 9
 
 

@@ -70,7 +70,7 @@ for name, (setup, size, start, steps) in pickle.loads(Path(asked).read_bytes()).
     workers = (int(number) + (name == "packed")) % 2  # neighbours differ, and each has both once
     stream = batches(*setup, size, start, workers=workers, **mine)
     shards, seen = [], []
-    with Feed(stream, lambda batch: put_batch(batch, mesh)) as feed:
+    with Feed(stream, lambda batch: put_batch(batch, mesh, jax.process_count())) as feed:
         for step in range(steps):
             batch = next(feed)
             for key, value in batch.items():

@@ -7,13 +7,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
@@ -26,13 +24,6 @@ DATA = (
     "--config.data.validation_images=8",
     "--config.data.test_images=8",
 )
-# Most of a tiny run is compilation, so programs that repeat within one test session are compiled once.
-# Processes that tests start compile for themselves.
-_PROGRAMS = tempfile.TemporaryDirectory(prefix="vlmscale-programs-")
-jax.config.update("jax_compilation_cache_dir", _PROGRAMS.name)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-
 # The same eight devices as in this process, set the same way, so that numbers may be compared bit for bit.
 _CHILD = """
 import sys, jax

@@ -18,7 +18,8 @@ from vlmscale.compressors import COMPRESSORS, label, parse_options
 from vlmscale.config import Cell
 from vlmscale.convert import export_run
 from vlmscale.cost.image import image_flops
-from vlmscale.evaluate.runner import answer_one, evaluate, load_run
+from vlmscale.evaluate.loaded import answer_one, load_run
+from vlmscale.evaluate.runner import Asked, evaluate
 from vlmscale.loading import load_cell
 from vlmscale.models.sizes import TOWERS
 from vlmscale.train.cohort import Member
@@ -107,17 +108,17 @@ def test_a_cell_of_every_method(name: str, data: Prepared, tmp_path: Path) -> No
     assert read(broken / "done.json")["resumed_from"] == [2]
     assert read(broken / "done.json")["params_sha256"] == read(straight / "done.json")["params_sha256"]
     loaded = load_run(broken)
-    evaluate(loaded, None, nothing)
+    evaluate(loaded)
     rows = lines(broken / "result.jsonl")
     check_rows(cell, name, rows)
     assert len(list((broken / "answers").iterdir())) == len(rows)
     # Evaluated again, some rows take the place of themselves.
-    evaluate(loaded, [rows[0]["task"]], nothing)
+    evaluate(loaded, Asked([rows[0]["task"]]))
     assert lines(broken / "result.jsonl")[-1] == rows[-1]
     assert [row["task"] for row in lines(broken / "result.jsonl")] == [row["task"] for row in rows]
     if COMPRESSORS[cell.compressor.name].nested is not None:
         # At the count that it was not asked for before; the others' rows stay.
-        new = evaluate(loaded, [rows[0]["task"]], nothing, [evaluable_counts(cell)[1]])
+        new = evaluate(loaded, Asked([rows[0]["task"]], visual_tokens=[evaluable_counts(cell)[1]]))
         assert len(new) == 1
         known = {(row["task"], row["visual_tokens"]) for row in [*rows, *map(vars, new)]}
         after = lines(broken / "result.jsonl")

@@ -19,14 +19,14 @@ import transformers
 from flax.traverse_util import flatten_dict
 
 from tests.data.small_tokenizers import byte_level
+from tests.evaluate.asked import answers, items_of
 from tests.integration.tiny import lines, picture, read, saved_steps
 from tests.pretrained import assert_same, by_path, make_decoder, one_device, randomise
 from vlmscale.cli import main
 from vlmscale.config import Cell
 from vlmscale.data.prepare import write_dataset
 from vlmscale.data.records import Record, Turn
-from vlmscale.evaluate.items import make_items
-from vlmscale.evaluate.runner import answer_items, answer_one, load_run
+from vlmscale.evaluate.loaded import answer_one, load_run
 from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize, TowerSize
 from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.prepared import Prepared
@@ -352,14 +352,16 @@ def test_a_trained_tower_is_the_one_that_answers(tower_stage: Path, tmp_path: Pa
     """With any other in its place something else is said."""
     run = load_run(tower_stage)
     assert_same(run.tower, saved(tower_stage, STEPS)["tower"])
-    items = make_items(run.prepared.datasets["validation"], "gold")
+    items = items_of(run.prepared.datasets["validation"], "gold")
     (tmp_path / "photo.jpg").write_bytes(photo(0))
-    answers, replies = [], []
+    texts, replies = [], []
     for scale in (1.0, 0.0, -3.0, 10.0, -100.0):
         other = replace(run, tower=jax.tree.map(lambda leaf, scale=scale: leaf * scale, run.tower))
-        answers.append([said.text for said in answer_items(other, items, "validation", 16, nothing)])
-        replies.append(answer_one(other, tmp_path / "photo.jpg", "What?", 12).token_ids)
-    assert any(said != answers[0] for said in answers)
+        said = answers(other, items, "validation", 16, tmp_path / str(scale))
+        texts.append([one.text for one in said])
+        asked = [item.question.question for item in items[:8]]
+        replies.append([answer_one(other, tmp_path / "photo.jpg", what).token_ids for what in asked])
+    assert any(said != texts[0] for said in texts)
     assert any(said != replies[0] for said in replies)
 
 

@@ -83,6 +83,14 @@ class Pixels:
         Raises:
           ImageError: a picture cannot be decoded.
         """
+        return self.decode(files)
+
+    def decode(self, files: Sequence[bytes]) -> list[Picture]:
+        """The same of encoded pictures that belong to no record.
+
+        Raises:
+          ImageError: a picture cannot be decoded.
+        """
         return [{"pixels": self._pixels(data)} for data in files]
 
     def _pixels(self, data: bytes) -> np.ndarray:

@@ -1,59 +1,182 @@
-"""What is asked: one item a question, with the conversation and the pictures in front of it."""
+"""What is asked: the items of a task, from a prepared data set or from a task file."""
 
 from __future__ import annotations
 
+import hashlib
+import statistics
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 from vlmscale.data.conversation import IMAGE_MARK, Template
 from vlmscale.data.dataset import Dataset
 from vlmscale.data.records import PLACEHOLDER, Turn
+from vlmscale.errors import UserError
+from vlmscale.evaluate.questions import Question, read_questions
+from vlmscale.evaluate.tasks import asked, benchmark_of, check
 
 
 @dataclass(frozen=True)
 class Item:
-    """One question to answer."""
+    """One question to answer.
 
-    id: str
-    data_set: int  # of the split's
-    record: int  # of the data set
-    images: int  # how many of the record's pictures it shows, from the first on
-    question: str  # with a placeholder where a picture is shown
-    truth: str
-    history: tuple[Turn, ...]
-    task: str
-    task_group: str
-    chance: float
+    Attributes:
+      question: what is scored.
+      text: what is asked, with a placeholder where a picture is shown.
+      images: how many pictures it shows.
+      history: turns in front of it.
+      data_set, record: where its pictures lie, the first of the record's; -1 where they are `files`.
+      files: its pictures, where they are files of their own; or their encoded bytes.
+    """
+
+    question: Question
+    text: str
+    images: int
+    history: tuple[Turn, ...] = ()
+    data_set: int = -1
+    record: int = -1
+    files: tuple[Path | bytes, ...] = ()
+
+    @property
+    def id(self) -> str:
+        """Unique in its task."""
+        return self.question.id
+
+    def blind(self) -> Item:
+        """The same without its pictures."""
+        history = tuple(Turn(without_pictures(turn.question), turn.answer) for turn in self.history)
+        return replace(self, text=without_pictures(self.text), images=0, history=history, files=())
+
+    def unseen(self) -> Item:
+        """The same with nothing to see where its pictures stand."""
+        return replace(self, images=0, files=())
 
 
-def make_items(datasets: Sequence[Dataset], history: str) -> list[Item]:
-    """One item a turn; with history "gold" behind the true conversation so far, else on its own.
+@dataclass(frozen=True)
+class Task:
+    """Items that are scored together.
 
-    On its own it comes behind all pictures that were shown before it.
+    Attributes:
+      name, group, split: as the rows say.
+      scorer: the rule, see `tasks.benchmark_of`.
+      items: in order of the file.
+      max_new_tokens: longest answer.
+      asked_as: how its questions are put, for the rows: the history, or the benchmark's name and version.
+      digest: of what the items' pictures are, where they lie in a prepared data set.
+      chance: score of guessing, where the items say; None for that of the benchmark.
+    """
+
+    name: str
+    group: str
+    split: str
+    scorer: str
+    items: tuple[Item, ...]
+    max_new_tokens: int
+    asked_as: str
+    digest: str = ""
+    chance: float | None = None
+
+    @property
+    def questions(self) -> list[Question]:
+        """What is scored."""
+        return [item.question for item in self.items]
+
+
+def key_of(item: Item, task: Task, told: Any) -> str:
+    """What an answer depends on, as 16 hex digits: text, pictures, longest answer, and what `told` prints."""
+    pictures: list[Any] = [task.digest, item.data_set, item.record, item.images]
+    for file in item.files:
+        if isinstance(file, bytes):
+            pictures.append(hashlib.sha256(file).hexdigest())
+        else:
+            pictures += [file.name, file.stat().st_size if file.exists() else -1]
+    parts = repr((item.text, item.history, pictures, task.max_new_tokens, told))
+    return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def make_items(datasets: Sequence[Dataset], history: str) -> list[tuple[str, str, float, Item]]:
+    """One item a turn of the records, each with its task, group and chance.
+
+    With history "gold" it comes behind the true conversation so far, else on its own, behind all pictures
+    that were shown before it.
     """
     items = []
+    taken: Counter[tuple[str, str]] = Counter()
     for place, dataset in enumerate(datasets):
         for index in range(len(dataset)):
             record, shown = dataset.record(index), 0
+            task = record.task or "records"
             for number, turn in enumerate(record.turns):
                 earlier, shown = shown, shown + turn.question.count(PLACEHOLDER)
-                before, question = record.turns[:number], turn.question
+                before, text = record.turns[:number], turn.question
                 if history != "gold":
-                    before, question = (), (PLACEHOLDER * earlier + "\n" + question).strip()
+                    before, text = (), (PLACEHOLDER * earlier + "\n" + text).strip()
                 name = record.id if len(record.turns) == 1 else f"{record.id}#{number}"
-                labels = record.task or "records", record.task_group or "records", record.chance
-                items.append(Item(name, place, index, shown, question, turn.answer, before, *labels))
+                taken[task, name] += 1
+                if taken[task, name] > 1:  # ids of records need not be unique, those of items must
+                    name = f"{name}~{taken[task, name]}"
+                question = Question(name, (turn.answer,), without_pictures(turn.question))
+                item = Item(question, text, shown, before, place, index)
+                items.append((task, record.task_group or "records", record.chance, item))
     return items
 
 
-def by_length(items: Sequence[Item], template: Template, most: int) -> tuple[list[Item], list[Item]]:
-    """Items whose prompt has at most so many text tokens, and the others."""
-    short: list[Item] = []
-    long: list[Item] = []
-    for item in items:
-        prompt = template.prompt(item.question, item.history)
-        (short if text_tokens(prompt) <= most else long).append(item)
-    return short, long
+def record_tasks(
+    datasets: Sequence[Dataset], split: str, history: str, max_new_tokens: int
+) -> dict[str, Task]:
+    """The tasks of a split of prepared data, by name in order."""
+    digest = hashlib.sha256("".join(dataset.manifest["sha256"] for dataset in datasets).encode()).hexdigest()
+    found: dict[str, list[tuple[str, float, Item]]] = {}
+    for name, group, chance, item in make_items(datasets, history):
+        found.setdefault(name, []).append((group, chance, item))
+    tasks = {}
+    for name, parts in sorted(found.items()):
+        items = tuple(item for _, _, item in parts)
+        chance = statistics.fmean(chance for _, chance, _ in parts)
+        group = parts[0][0]
+        scorer, _ = benchmark_of(name, [item.question for item in items])
+        tasks[name] = Task(name, group, split, scorer, items, max_new_tokens, history, digest, chance)
+    return tasks
+
+
+def file_task(name: str, data: Path) -> Task:
+    """The task in `data`/`name`.jsonl.
+
+    Raises:
+      UserError: there is no such file, or one of its lines cannot be used.
+    """
+    path = data / f"{name}.jsonl"
+    if not path.exists():
+        there = ", ".join(sorted(file.stem for file in data.glob("*.jsonl"))) or "no task file"
+        raise UserError(f"--data {data}: has no {name}.jsonl; it has {there}")
+    questions = read_questions(path)
+    scorer, benchmark = benchmark_of(name, questions)
+    try:
+        check(name, questions)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    items = []
+    for question in questions:
+        files = tuple(path.parent / image for image in question.images)  # an absolute path stays
+        text = asked(benchmark, question)
+        if (marks := text.count(PLACEHOLDER)) not in (0, len(files)):
+            raise UserError(
+                f"{path}: item {question.id}: shows {PLACEHOLDER} {marks} times and names {len(files)} "
+                "pictures; write it once for each, or leave it away"
+            )
+        if not marks:
+            text = f"{PLACEHOLDER}\n" * len(files) + text
+        items.append(Item(question, text, len(files), files=files))
+    splits = {question.split for question in questions}
+    split = (splits.pop() or "all") if len(splits) == 1 else "mixed"
+    return Task(name, benchmark.group, split, scorer, tuple(items), benchmark.max_new_tokens, scorer)
+
+
+def prompt_of(item: Item, template: Template) -> list[int]:
+    """Ids of an item's prompt, with a mark for each picture."""
+    return template.prompt(item.text, item.history)
 
 
 def text_tokens(prompt: list[int]) -> int:
@@ -63,4 +186,9 @@ def text_tokens(prompt: list[int]) -> int:
 
 def first_question(item: Item) -> str:
     """The question that QueCC embeds: the first of the conversation, later ones reuse its visual tokens."""
-    return item.history[0].question if item.history else item.question
+    return item.history[0].question if item.history else item.text
+
+
+def without_pictures(text: str) -> str:
+    """A question without its placeholders."""
+    return text.replace(PLACEHOLDER, "").strip()

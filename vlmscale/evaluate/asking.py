@@ -1,0 +1,283 @@
+"""Answers to many items: sorted by length, in batches over all devices, pictures encoded once a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from vlmscale.data.conversation import IMAGE_MARK
+from vlmscale.data.images import ImageError
+from vlmscale.data.sources import Picture
+from vlmscale.distributed import host_part, leader
+from vlmscale.evaluate.answers import Journal, Said
+from vlmscale.evaluate.generation import answer_length, make_generate, prompt_batch
+from vlmscale.evaluate.items import Item, Task, first_question, prompt_of, text_tokens
+from vlmscale.evaluate.loaded import LoadedRun, embed_queries, to_host, visual_counts
+from vlmscale.models.sizes import SIZES
+from vlmscale.models.vlm import VLM
+from vlmscale.sharding import put_batch
+from vlmscale.train.step import with_tower_outputs
+
+_LENGTHS = 8  # static lengths of a group of items at most
+_BATCHES = 16  # that a static length should be worth
+_READERS = 8  # threads that read pictures
+Progress = Callable[[int, int], None]
+
+
+class Pass(NamedTuple):
+    """A task at one count of visual tokens; 0 is without its pictures."""
+
+    task: Task
+    visual_tokens: int
+    journal: Journal
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """One item and the passes in which it is still to be answered."""
+
+    item: Item
+    passes: tuple[Pass, ...]
+    length: int  # text tokens of its prompt
+
+
+class _Group(NamedTuple):
+    """What items must share to be in one batch."""
+
+    max_new_tokens: int
+    images: int
+    files: bool  # pictures of their own, not of the prepared data
+    counts: tuple[int, ...]
+
+
+def answer_all(
+    run: LoadedRun, passes: Sequence[Pass], split: str, progress: Progress
+) -> dict[tuple[str, str], str]:
+    """Answer every item of the passes that their journals lack.
+
+    Greedy. Each batch holds items of about one length and one number of pictures, its rows split over the
+    devices; in float32 an answer does not depend on what else is in its batch. Pictures are read ahead, go
+    through the tower once, and are compressed to each count that is asked for.
+
+    Args:
+      run: loaded; with several processes each calls this alike, and the leader writes.
+      passes: what is asked for.
+      split: of the run's data, that items of the prepared data belong to.
+      progress: called with (answers, answers in all).
+
+    Returns:
+      Why an item was not answered, by (task, item id): its picture cannot be read, or it is too long.
+    """
+    failures: dict[tuple[str, str], str] = {}
+    groups = _groups(run, passes, failures)
+    total = sum(len(one.passes) for wanted in groups.values() for one in wanted)
+    done = 0
+    with jax.set_mesh(run.mesh), ThreadPoolExecutor(_READERS) as pool:
+        for group, wanted in sorted(groups.items()):
+            asker = _Asker(run, group, split, wanted)
+            batches = list(asker.batches())
+            ahead = pool.submit(asker.read, batches[0][0], pool.map) if group.images else None
+            for number, (rows, length) in enumerate(batches):
+                pictures, failed = ahead.result() if ahead else ([], {})
+                following = batches[number + 1 :]
+                ahead = (
+                    pool.submit(asker.read, following[0][0], pool.map) if group.images and following else None
+                )
+                failed = _everywhere(failed, len(rows))
+                for row, reason in failed.items():
+                    failures[wanted[rows[row]].passes[0].task.name, wanted[rows[row]].item.id] = reason
+                asker.answer(rows, length, pictures, failed)
+                done += sum(len(wanted[place].passes) for place in rows)
+                progress(done, total)
+    return failures
+
+
+def _groups(
+    run: LoadedRun, passes: Sequence[Pass], failures: dict[tuple[str, str], str]
+) -> dict[_Group, list[_Wanted]]:
+    """What is to be answered, by what shares a batch, in order of length."""
+    template, context = run.prepared.template, SIZES[run.cell.llm.name].context
+    by_item: dict[tuple[str, str], list[Pass]] = {}
+    items: dict[tuple[str, str], Item] = {}
+    for one in passes:
+        for item in one.task.items:
+            if item.id not in one.journal.said:
+                by_item.setdefault((one.task.name, item.id), []).append(one)
+                items[one.task.name, item.id] = item
+    groups: dict[_Group, list[_Wanted]] = {}
+    for name, asked in by_item.items():
+        item = items[name]
+        for blind in (False, True):
+            part = tuple(one for one in asked if (one.visual_tokens == 0) == blind)
+            if not part:
+                continue
+            shown = item
+            if blind:  # a model trained blind reads what pictures leave behind in a text, as in training
+                shown = item.blind() if run.cell.compressor.visual_tokens else item.unseen()
+            prompt = prompt_of(shown, template)
+            longest, new = max(one.visual_tokens for one in part), part[0].task.max_new_tokens
+            taken = text_tokens(prompt) + prompt.count(IMAGE_MARK) * longest
+            if taken + new > context:
+                failures[name] = f"its prompt of {taken} tokens and {new} new ones exceed the LLM's {context}"
+                continue
+            counts = tuple(one.visual_tokens for one in part)
+            group = _Group(new, shown.images, bool(shown.files), counts)
+            groups.setdefault(group, []).append(_Wanted(shown, part, text_tokens(prompt)))
+    for wanted in groups.values():
+        wanted.sort(key=lambda one: (one.length, one.passes[0].task.name, one.item.id))
+    return groups
+
+
+def _everywhere(failed: dict[int, str], rows: int) -> dict[int, str]:
+    """The failures that any process met while it read its rows of a batch."""
+    if jax.process_count() == 1:
+        return failed
+    mine = np.array([row in failed for row in range(rows)])
+    anyones = np.asarray(multihost_utils.process_allgather(mine)).any(0)
+    other = "its picture could not be read by another process; see what that one says"
+    return {int(row): failed.get(int(row), other) for row in np.flatnonzero(anyones)}
+
+
+class _Asker:
+    """Answers the items of one group."""
+
+    def __init__(self, run: LoadedRun, group: _Group, split: str, wanted: list[_Wanted]) -> None:
+        self.run, self.group, self.split, self.wanted = run, group, split, wanted
+        template = run.prepared.template
+        self.models = {count: run.model(count) for count in group.counts}
+        self.generates = {
+            count: make_generate(model, group.max_new_tokens, template.stop_ids)
+            for count, model in self.models.items()
+        }
+        self.slots = max(1, group.images)
+        seeing = max(group.counts) > 0
+        self.tower = (run.any_tower() if group.files else run.tower) if seeing else None
+        questions = [first_question(one.item) for one in wanted]
+        model = self.models[max(group.counts)]
+        self.queries = embed_queries(run, model, questions)
+        parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        self.size = -(-min(run.cell.evaluate.batch_size, len(wanted)) // parts) * parts
+        self.part, self.parts = host_part(run.mesh)
+
+    def batches(self) -> Iterator[tuple[list[int], int]]:
+        """(places in `wanted`, static text length) of each batch."""
+        count = math.ceil(len(self.wanted) / self.size)
+        each = math.ceil(count / min(_LENGTHS, math.ceil(count / _BATCHES)))
+        for number in range(count):
+            last = min((number // each + 1) * each * self.size, len(self.wanted)) - 1
+            rows = range(number * self.size, min((number + 1) * self.size, len(self.wanted)))
+            yield list(rows), self.wanted[last].length
+
+    def mine(self, rows: list[int]) -> list[int]:
+        """Which rows of a whole batch this process supplies; padding repeats the first."""
+        each = self.size // self.parts
+        own = range(self.part * each, (self.part + 1) * each)
+        return [row if row < len(rows) else 0 for row in own]
+
+    def read(self, rows: list[int], spread: Any) -> tuple[list[list[Picture]], dict[int, str]]:
+        """The pictures of this process's rows, and which rows fail and why."""
+        own = self.mine(rows)
+        distinct = sorted(set(own))
+        read = spread(self._picture, [self.wanted[rows[row]].item for row in distinct])
+        found = dict(zip(distinct, read, strict=True))
+        failed = {row: made for row, made in found.items() if isinstance(made, str)}
+        return [[] if isinstance(found[row], str) else found[row] for row in own], failed
+
+    def _picture(self, item: Item) -> list[Picture] | str:
+        """An item's pictures as arrays, or why there are none."""
+        try:
+            if item.files:
+                return self.run.pixels.decode(
+                    [file if isinstance(file, bytes) else file.read_bytes() for file in item.files]
+                )
+            reader = self.run.pictures(self.split)[item.data_set]
+            dataset = self.run.prepared.datasets[self.split][item.data_set]
+            if reader is None:
+                return []
+            return reader.read(dataset, item.record, dataset.images(item.record)[: item.images])
+        except OSError as error:
+            return f"picture {error.filename}: {error.strerror}"
+        except ImageError as error:
+            named = [str(file) for file in item.files if not isinstance(file, bytes)]
+            return f"picture {', '.join(named) or item.id}: {error}"
+
+    @property
+    def blank(self) -> Picture:
+        """Zeros in the shape of a picture; {} of a blind model."""
+        if self.group.files:
+            return self.run.pixels.blank
+        reader = self.run.pictures(self.split)[0]
+        return {} if reader is None else reader.blank
+
+    def answer(
+        self, rows: list[int], length: int, pictures: list[list[Picture]], failed: dict[int, str]
+    ) -> None:
+        """Answer one batch at every count and file what was said."""
+        items = [self.wanted[place].item for place in rows]
+        own = self.mine(rows)
+        shared: dict[str, Any] = {}
+        if max(self.group.counts) > 0:
+            shared = self._put(self._shown(pictures, len(own)))
+            if self.queries is not None:
+                queries = self.queries[[rows[row] for row in own]]
+                shared |= self._put({"text_query": np.repeat(queries, self.slots, axis=0)})
+            shared = _complete(self.models[max(self.group.counts)], shared, self.tower)
+        prompts = [prompt_of(item, self.run.prepared.template) for item in items]
+        for number, (count, model) in enumerate(self.models.items()):
+            said = self._say(count, model, [prompts[row] for row in own], length, shared, len(rows))
+            filed: dict[str, tuple[Journal, list[tuple[Item, Said]]]] = {}
+            for row, (place, answer) in enumerate(zip(rows, said, strict=True)):
+                if row not in failed:
+                    journal = self.wanted[place].passes[number].journal
+                    filed.setdefault(str(journal.path), (journal, []))[1].append((items[row], answer))
+            if leader():
+                for journal, answers in filed.values():
+                    journal.add(answers)
+
+    def _say(
+        self,
+        count: int,
+        model: VLM,
+        prompts: list[list[int]],
+        length: int,
+        shared: dict[str, Any],
+        rows: int,
+    ) -> list[Said]:
+        """What the model says to the rows of a batch."""
+        template = self.run.prepared.template
+        whole = length + self.group.images * count
+        batch = self._put(prompt_batch(prompts, template, count, whole))
+        if count:
+            batch |= shared
+        ids = to_host(self.generates[count](self.run.params, batch), self.run.mesh).tolist()
+        shown = np.broadcast_to(np.arange(self.slots) < self.group.images, (self.size, self.slots))
+        given = visual_counts(self.run, model, batch, shown.size).reshape(shown.shape)
+        counts = (shown * given).sum(1).tolist()
+        return [
+            Said(template.decode(row), answer_length(row, template.stop_ids), taken)
+            for row, taken in list(zip(ids, counts, strict=True))[:rows]
+        ]
+
+    def _shown(self, pictures: list[list[Picture]], rows: int) -> dict[str, np.ndarray]:
+        """Pictures as arrays, `slots` a row; zeros where a row has none."""
+        blank = self.blank
+        out = {name: np.zeros((rows * self.slots, *x.shape), x.dtype) for name, x in blank.items()}
+        for row, shown in enumerate(pictures):
+            for slot, picture in enumerate(shown):
+                for name in blank:
+                    out[name][row * self.slots + slot] = picture[name]
+        return out
+
+    def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
+        return put_batch(batch, self.run.mesh, self.parts)
+
+
+# What the tower makes of a batch's pixels, where its outputs were not stored.
+_complete = jax.jit(with_tower_outputs, static_argnums=0)
