@@ -200,12 +200,14 @@ def _report(results: Path) -> None:
 def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from launch.local import cores, run_cohorts
     from launch.state import collect, open_sweep
+    from vlmscale.evaluate.items import check_files
     from vlmscale.loading import load_sweep
     from vlmscale.records import Status
 
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers={arguments.workers}: must be above 0")
     sweep = load_sweep(arguments.sweep, overrides)
+    check_files([cell.evaluate for cell in sweep.cells])
     cells = open_sweep(sweep, arguments.out)
     if all(cell.finished for cell in cells):
         results = collect(cells, arguments.out)
@@ -274,6 +276,7 @@ def _sweep_status(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.distributed import agree, leader, start, wait_for_leader
+    from vlmscale.evaluate.items import check_files
     from vlmscale.loading import load_cell
     from vlmscale.records import Status
     from vlmscale.train.cohort import Member
@@ -282,6 +285,7 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.train.run import exclusive, keep_programs, open_run
 
     cell, run = load_cell(arguments.config, overrides), arguments.out
+    check_files([cell.evaluate])
     keep_programs()
     start(arguments.distributed)
     data = run / "data"
@@ -336,7 +340,7 @@ def _convert(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
         if arguments.part != "all":
             raise UserError(f"--part {arguments.part}: goes with --model")
-        written = export_run(load_run(arguments.run_dir), arguments.out, arguments.dtype)
+        written = export_run(load_run(arguments.run_dir, "float32"), arguments.out, arguments.dtype)
     for path in written:
         print(f"wrote {path}")
     if left:

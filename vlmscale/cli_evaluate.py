@@ -133,30 +133,28 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.train.run import exclusive, keep_programs
 
     start(arguments.distributed)
-    import jax
-
+    from vlmscale.evaluate.items import words
     from vlmscale.evaluate.loaded import load_run
     from vlmscale.evaluate.runner import Asked, evaluate
     from vlmscale.records import Status
 
     keep_programs()
     bar = progress_bar()
-    tasks = [word for word in arguments.tasks.split(",") if word]
+    tasks = words(arguments.tasks)
     try:
         counts = [int(word) for word in arguments.visual_tokens.split(",") if word]
     except ValueError:
         raise UserError(f"--visual-tokens {arguments.visual_tokens}: counts such as 1,4,16") from None
     asked = Asked(tasks, arguments.data, counts, arguments.blind, arguments.llava_answers)
     path = arguments.run_dir
-    dtype = arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    run = load_run(path, dtype, overrides)
+    run = load_run(path, arguments.dtype, overrides)
 
     def show(done: int, total: int) -> None:
         if leader():
             bar("answering", done, total)
 
     with exclusive(path, wait=False) if leader() else contextlib.nullcontext():
-        rows = evaluate(run, asked, show, tell if leader() else lambda line: None)
+        rows = evaluate(run, asked, show, tell)
     if not leader():
         return 0
     if not tasks and not counts and arguments.data is None:  # else what the config asks for may be missing
@@ -167,27 +165,34 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
     numbers = " ".join(f"{name:>7}" for name in ("score", "stderr", "chance", "blind"))
     print(f"{'task':14} {'group':12} {'V':>6} {numbers} {'items':>6}")
     for row in rows:
-        blind = f"{row.blind_score:7.3f}" if row.blind_score is not None else f"{'-':>7}"
         failed = f"  {row.n_failed} not answered, counted as wrong" if row.n_failed else ""
         print(
             f"{row.task:14} {row.task_group:12} {row.visual_tokens:6.4g} {row.score:7.3f} {row.stderr:7.3f} "
-            f"{row.chance:7.3f} {blind} {row.n_items:6d}{failed}"
+            f"{_number(row.chance)} {_number(row.blind_score)} {row.n_items:6d}{failed}"
         )
     print(f"wrote {path / 'result.jsonl'} and {path / 'answers'}")
     return 0
 
 
+def _number(value: float | None) -> str:
+    return f"{'-':>7}" if value is None else f"{value:7.3f}"
+
+
 def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.evaluate.questions import read_answers, read_questions
-    from vlmscale.evaluate.tasks import score
+    from vlmscale.evaluate.tasks import BENCHMARKS, rule_of, score
 
     questions = read_questions(arguments.items, asked=False)
     answers = read_answers(arguments.answers)
     try:
-        scored = score(arguments.task, questions, answers)
+        rule = rule_of(arguments.task, questions)
+        scored = score(arguments.task, rule, questions, answers)
     except UserError as error:
         raise UserError(f"{arguments.items}, {arguments.answers}: {error}") from error
-    if scored.n_missing:
+    if rule != arguments.task:
+        tell(f"{arguments.task}: no benchmark of this name ({', '.join(BENCHMARKS)}): scored by {rule}")
+    missing = f"{scored.n_missing} not answered, counted as wrong" if scored.n_missing else ""
+    if missing:
         tell(f"{scored.n_missing} of {scored.n_items} items have no answer: counted as wrong")
     summary = scored.summary
     if arguments.json:
@@ -212,7 +217,7 @@ def _score(arguments: argparse.Namespace, overrides: list[str]) -> int:
     chance = "" if scored.chance is None else f", chance {scored.chance:.4f}"
     print(
         f"{scored.task}: {scored.metric} {summary.score:.4f} +- {summary.stderr:.4f}{chance}, "
-        f"{scored.n_items} items"
+        f"{scored.n_items} items" + (missing and f", {missing}")
     )
     for name, value in summary.details.items():
         print(f"  {name:30} {value:10.4f}")
@@ -240,7 +245,7 @@ def _generate(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if arguments.dtype or arguments.attention != "xla":
         raise UserError("--dtype and --attention go with --model; a run answers in float32")
-    run = load_run(arguments.run_dir)
+    run = load_run(arguments.run_dir, "float32")
     said = answer_one(
         run, arguments.image, arguments.prompt, longest, sampling, seed, arguments.visual_tokens
     )

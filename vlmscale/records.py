@@ -52,6 +52,7 @@ class ResultRow:
     infer_flops: int
     latency_ms: float | None
     device: str
+    dtype: str
     task: str
     task_group: str
     split: str
@@ -64,7 +65,7 @@ class ResultRow:
     n_items: int
     n_failed: int
     details: dict[str, float]
-    chance: float
+    chance: float | None
     blind_score: float | None
     heldout_loss: float | None
     wall_s: float

@@ -49,7 +49,7 @@ def test_a_line_with_the_least(tmp_path: Path) -> None:
     assert (question.images, question.options, question.answer_type, question.precision) == (
         (),
         (),
-        "text",
+        "",
         None,
     )
 
@@ -103,7 +103,6 @@ def test_without_a_model_to_ask_no_question_is_needed(tmp_path: Path) -> None:
         ({"category": 1}, "item 1: category=1 must be a text"),
         ({"group": ["g"]}, r"item 1: group=\['g'\] must be a text"),
         ({"answer_type": "number"}, "item 1: answer_type='number' must be one of text, integer, float, list"),
-        ({"answer_type": None}, "item 1: answer_type=None must be one of"),
         ({"answer_type": ["text"]}, "item 1: answer_type="),
         ({"precision": 1.5}, "item 1: precision=1.5 must be a whole number"),
         ({"precision": -1}, "item 1: precision=-1 must be"),

@@ -194,7 +194,7 @@ def test_mmbench_is_circular_where_there_are_rotations() -> None:
     assert summary.score == 3 / 5
     assert summary.raw == pytest.approx(60)
     assert summary.stderr == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
-    expected = {"vanilla": 4 / 5, "circular": 3 / 5, "x": 1 / 2, "y": 2 / 3}
+    expected = {"vanilla": 4 / 5, "circular": 3 / 5, "category x": 1 / 2, "category y": 2 / 3}
     assert summary.details == pytest.approx(expected)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.evaluate.lmms import COUNT, WORDS, hits, load, texts
+from tests.evaluate.lmms_rules import COUNT, WORDS, hits, load, texts
 from vlmscale.evaluate.questions import Question
 from vlmscale.evaluate.scorers import choice
 from vlmscale.evaluate.scorers.mathvista import mathvista

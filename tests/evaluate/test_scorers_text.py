@@ -52,7 +52,7 @@ def test_exact_match_is_word_for_word(answer: str, truths: tuple[str, ...], outc
         ("two", "2", 0),
         ("fire  truck", "fire truck", 0),
         ("", "yes", 0),
-        ("yes", "Yes", 0),
+        ("yes", "Yes", 1),
     ],
 )
 def test_gqa(answer: str, truth: str, outcome: float) -> None:

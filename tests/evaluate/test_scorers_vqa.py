@@ -98,8 +98,10 @@ def test_fewer_annotators() -> None:
     for mark in (vqa.vqav2, vqa.evalai):
         assert mark(Question("q", ("cat",)), "Cat") == 1
         assert mark(Question("q", ("cat",)), "dog") == 0
-        assert mark(Question("q", ("cat", "cat")), "cat") == pytest.approx(1 / 3)
-        assert mark(Question("q", ("cat", "dog")), "cat") == pytest.approx(1 / 6)
+        assert mark(Question("q", ("cat", "cat")), "cat") == 1
+        assert mark(Question("q", ("cat", "dog")), "cat") == pytest.approx(1 / 2)
+        assert mark(Question("q", ("cat", "cat", "dog")), "cat") == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
+        assert mark(Question("q", ("cat", "dog", "dog", "dog")), "cat") == pytest.approx((0 + 3 * 1 / 3) / 4)
         assert mark(Question("q", ("cat",) * 4), "cat") == 1
 
 

@@ -71,7 +71,7 @@ def test_mme(answer: str, said: str) -> None:
 
 @pytest.mark.parametrize("mark", [yesno.pope, yesno.mme])
 def test_a_truth_must_be_yes_or_no(mark: Mark) -> None:
-    with pytest.raises(UserError, match=r"item q7: answers='maybe' must be yes or no"):
+    with pytest.raises(UserError, match=r"item q7: answers=.'maybe'. must be yes or no"):
         mark(Question("q7", ("maybe",)), "yes")
 
 
@@ -99,9 +99,9 @@ def test_pope_by_category() -> None:
     summary = pope_of(
         ("random", "yes", "yes"), ("random", "no", "no"), ("popular", "yes", "yes"), ("popular", "no", "yes")
     )
-    assert summary.details["accuracy_random"] == summary.details["f1_random"] == 1
-    assert summary.details["accuracy_popular"] == 0.5
-    assert summary.details["f1_popular"] == pytest.approx(2 / 3)
+    assert summary.details["category random"] == summary.details["f1 random"] == 1
+    assert summary.details["category popular"] == 0.5
+    assert summary.details["f1 popular"] == pytest.approx(2 / 3)
     assert summary.details["f1_mean"] == pytest.approx(5 / 6)
     assert summary.details["f1"] == pytest.approx(2 * (2 / 3) / (5 / 3))
 
@@ -135,7 +135,7 @@ def test_mme_of_all_categories_is_2800() -> None:
     summary = mme_of(*((name, "", f"{name}.jpg", 1) for name in names for _ in range(2)))
     assert (summary.raw, summary.score, summary.stderr, summary.counted) == (2800, 1, 0, 14)
     assert (summary.details["perception"], summary.details["cognition"]) == (2000, 800)
-    assert summary.details["OCR"] == 200
+    assert summary.details["category OCR"] == 200
 
 
 def test_mme_by_hand() -> None:
@@ -144,18 +144,23 @@ def test_mme_by_hand() -> None:
         ("count", "", "1", 1), ("count", "", "2", 1), ("count", "", "1", 1), ("count", "", "2", 0),
         ("code_reasoning", "x", "", 0), ("code_reasoning", "x", "", 0),
     )  # fmt: skip
-    assert summary.details == {"count": 125, "code_reasoning": 0, "perception": 125, "cognition": 0}
+    assert summary.details == {
+        "category count": 125,
+        "category code_reasoning": 0,
+        "perception": 125,
+        "cognition": 0,
+    }
     assert summary.raw == 125
-    assert summary.score == 125 / 400
+    assert summary.score == 125 / 2800  # the other twelve count as nothing
     assert summary.counted == 3
     # v of the two pictures of count is 1 and 1/4, the variance of their mean (3/8)^2 / 2.
-    assert summary.stderr == pytest.approx(math.sqrt((3 / 8) ** 2 / 2) / 2)
+    assert summary.stderr == pytest.approx(math.sqrt((3 / 8) ** 2 / 2) / 14)
 
 
 def test_mme_pairs_follow_each_other_where_nothing_else_is_known() -> None:
     summary = mme_of(("count", "", "", 1), ("color", "", "", 1), ("count", "", "", 1), ("color", "", "", 0))
-    assert summary.details["count"] == 200
-    assert summary.details["color"] == 50
+    assert summary.details["category count"] == 200
+    assert summary.details["category color"] == 50
 
 
 def test_mme_group_goes_before_picture_and_pictures_belong_to_their_category() -> None:
@@ -163,13 +168,18 @@ def test_mme_group_goes_before_picture_and_pictures_belong_to_their_category() -
         ("count", "g", "1", 1), ("count", "g", "2", 1),
         ("color", "", "1", 1), ("color", "", "1", 0),
     )  # fmt: skip
-    assert (summary.details["count"], summary.details["color"]) == (200, 50)
+    assert (summary.details["category count"], summary.details["category color"]) == (200, 50)
 
 
 def test_mme_of_no_category_and_of_one_of_ones_own() -> None:
-    assert mme_of(("", "", "", 1), ("", "", "", 1)).details == {"other": 200}
+    assert mme_of(("", "", "", 1), ("", "", "", 1)).details == {"category other": 200, "other": 200}
     own = mme_of(("mine", "", "", 1), ("mine", "", "", 0), ("count", "", "", 1), ("count", "", "", 1))
-    assert own.details == {"mine": 50, "count": 200, "other": 50, "perception": 200}
+    assert own.details == {
+        "category mine": 50,
+        "category count": 200,
+        "other": 50,
+        "perception": 200,
+    }
     assert own.score == 250 / 400
 
 

@@ -7,20 +7,17 @@ import math
 import pytest
 
 from vlmscale.errors import UserError
+from vlmscale.evaluate import tasks
 from vlmscale.evaluate.questions import Question
-from vlmscale.evaluate.tasks import (
-    BENCHMARKS,
-    GROUPS,
-    OWN,
-    OWN_CHOICE,
-    asked,
-    benchmark_of,
-    expand_tasks,
-    score,
-)
+from vlmscale.evaluate.tasks import BENCHMARKS, GROUPS, OWN, Scored, asked, check, expand_tasks, rule_of
 
 CAT = Question("1", ("cat",), "What is it?")
 CHOICE = Question("1", ("B",), "Which is it?", options=("a cat", "a dog"))
+
+
+def score(task: str, questions: list[Question], answers: dict[str, str]) -> Scored:
+    """By the rule that the task's name has."""
+    return tasks.score(task, rule_of(task, questions), questions, answers)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +62,8 @@ def test_the_prompt(task: str, question: Question, prompt: str) -> None:
 
 
 def test_prompts_of_ones_own_tasks() -> None:
-    assert asked(OWN, CAT) == "What is it?"
-    assert asked(OWN_CHOICE, CHOICE) == asked(BENCHMARKS["mmbench"], CHOICE)
+    assert asked(OWN["exact_match"], CAT) == "What is it?"
+    assert asked(OWN["letter"], CHOICE) == asked(BENCHMARKS["mmbench"], CHOICE)
 
 
 def test_every_prompt_asks_the_question_once() -> None:
@@ -81,16 +78,34 @@ def test_groups_hold_every_benchmark_once() -> None:
 
 
 def test_expand_tasks() -> None:
-    assert expand_tasks(["gqa", " ocr ", "gqa", "mine"]) == ["gqa", "docvqa", "textvqa", "mine"]
+    assert expand_tasks(["gqa", "ocr", "gqa", "mine"]) == ["gqa", "docvqa", "textvqa", "mine"]
     assert expand_tasks(["textvqa", "ocr"]) == ["textvqa", "docvqa"]
-    with pytest.raises(UserError, match="--tasks gqa,: holds an empty name"):
-        expand_tasks(["gqa", ""])
 
 
-def test_the_rule_of_a_task_of_ones_own() -> None:
-    assert benchmark_of("mine", [CAT]) == ("exact_match/1", OWN)
-    assert benchmark_of("mine", [CAT, CHOICE]) == ("letter/1", OWN_CHOICE)
-    assert benchmark_of("gqa", [CHOICE])[0] == f"gqa/{BENCHMARKS['gqa'].version}"
+def test_the_rule_of_a_task() -> None:
+    assert rule_of("mine", [CAT]) == "exact_match"
+    assert rule_of("mine", [CAT, CHOICE]) == "letter"
+    assert rule_of("letter", [CAT]) == "letter"
+    assert rule_of("gqa", [CHOICE]) == "gqa"
+    for name, told in (
+        ("ocr", "is a group; name one of docvqa, textvqa"),
+        ("GQA", "write gqa"),
+        ("../gqa", "a name has letters"),
+        ("gqa@0", "a name has letters"),
+        ("", "a name has letters"),
+    ):
+        with pytest.raises(UserError, match=told):
+            rule_of(name, [CAT])
+
+
+def test_what_would_stop_the_scoring_is_found_before() -> None:
+    check("mmbench", [CHOICE])
+    with pytest.raises(UserError, match="item 1: answers='cat' must be a letter"):
+        check("mmbench", [CAT])
+    with pytest.raises(UserError, match="has 1 question"):
+        check("mme", [Question("1", ("no",), images=("a.jpg",))])
+    with pytest.raises(UserError, match="must be yes or no"):
+        check("pope", [Question("1", ("yes", "no"))])
 
 
 def test_score_of_zeros_and_ones() -> None:
@@ -135,8 +150,8 @@ def test_chance() -> None:
 def test_details_are_by_category() -> None:
     questions = [Question(str(i), ("cat",), category="xy"[i % 2]) for i in range(4)]
     assert score("gqa", questions, {"0": "cat", "1": "dog", "2": "cat", "3": "cat"}).summary.details == {
-        "x": 1,
-        "y": 0.5,
+        "category x": 1,
+        "category y": 0.5,
     }
     assert score("gqa", questions[::2], {}).summary.details == {}
 
@@ -152,9 +167,8 @@ RIGHT = {
 @pytest.mark.parametrize("task", sorted(BENCHMARKS))
 def test_every_benchmark_scores_its_right_answers(task: str) -> None:
     truth, answer = RIGHT[task]
-    kind = "integer" if task == "mathvista" else "text"
     truths = (truth,) * (10 if task in ("vqav2", "vizwiz", "textvqa") else 1)
-    questions = [Question(str(i), truths, images=("a.jpg",), answer_type=kind) for i in range(2)]
+    questions = [Question(str(i), truths, images=("a.jpg",)) for i in range(2)]
     scored = score(task, questions, {"0": answer, "1": answer})
     assert (scored.summary.score, scored.summary.stderr, scored.n_missing) == (1, 0, 0)
     assert score(task, questions, {}).summary.score == 0

@@ -216,7 +216,8 @@ def test_runs_that_are_none(tmp_path: Path, capsys: Capture) -> None:
     for run in (tmp_path, tmp_path / "absent"):
         for words in (["evaluate"], ["generate", "--prompt", "x"]):
             refused([*words, "--run", str(run)], capsys, str(run), "is this a run directory?")
-    refused(["evaluate", "--run", str(tmp_path), "--config.train.steps=2"], capsys, "takes no")
+    score = ["score", "--task", "gqa", "--items", "items.jsonl", "--answers", "answers.jsonl"]
+    refused([*score, "--config.train.steps=2"], capsys, "takes no")
 
 
 @pytest.mark.parametrize("visual_tokens", [0, 4])

@@ -67,8 +67,8 @@ class Journal:
             self.said[name], self._lines[name] = said, line
             lines.append(json.dumps(line) + "\n")
         if not self._open:  # what a kill cut off, and what no longer holds
-            fresh = len(lines)
-            write_lines(self.path, [json.dumps(line) for line in list(self._lines.values())[:-fresh]])
+            kept = list(self._lines.values())[: len(self._lines) - len(lines)]
+            write_lines(self.path, [json.dumps(line) for line in kept])
             self._open = True
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(lines)

@@ -57,9 +57,10 @@ class _Group(NamedTuple):
     counts: tuple[int, ...]
 
 
-def answer_all(
-    run: LoadedRun, passes: Sequence[Pass], split: str, progress: Progress
-) -> dict[tuple[str, str], str]:
+Failures = dict[tuple[str, int, str], str]  # why, by task, count and item id
+
+
+def answer_all(run: LoadedRun, passes: Sequence[Pass], split: str, progress: Progress) -> Failures:
     """Answer every item of the passes that their journals lack.
 
     Greedy. Each batch holds items of about one length and one number of pictures, its rows split over the
@@ -67,15 +68,16 @@ def answer_all(
     through the tower once, and are compressed to each count that is asked for.
 
     Args:
-      run: loaded; with several processes each calls this alike, and the leader writes.
+      run: loaded; with several processes each calls this alike, and the leader writes. Its journals say what
+        is still to be asked.
       passes: what is asked for.
       split: of the run's data, that items of the prepared data belong to.
       progress: called with (answers, answers in all).
 
     Returns:
-      Why an item was not answered, by (task, item id): its picture cannot be read, or it is too long.
+      Why an item was not answered: its picture cannot be read, or it is too long.
     """
-    failures: dict[tuple[str, str], str] = {}
+    failures: Failures = {}
     groups = _groups(run, passes, failures)
     total = sum(len(one.passes) for wanted in groups.values() for one in wanted)
     done = 0
@@ -92,44 +94,53 @@ def answer_all(
                 )
                 failed = _everywhere(failed, len(rows))
                 for row, reason in failed.items():
-                    failures[wanted[rows[row]].passes[0].task.name, wanted[rows[row]].item.id] = reason
+                    one = wanted[rows[row]]
+                    failures |= {(p.task.name, p.visual_tokens, one.item.id): reason for p in one.passes}
                 asker.answer(rows, length, pictures, failed)
                 done += sum(len(wanted[place].passes) for place in rows)
                 progress(done, total)
     return failures
 
 
-def _groups(
-    run: LoadedRun, passes: Sequence[Pass], failures: dict[tuple[str, str], str]
-) -> dict[_Group, list[_Wanted]]:
+def _missing(passes: Sequence[Pass]) -> dict[tuple[str, str], tuple[Item, list[Pass]]]:
+    """Each item that the leader's journals lack in some passes, and these."""
+    every = [(one, item) for one in passes for item in one.task.items]
+    there = np.array([item.id in one.journal.said for one, item in every], np.uint8)
+    if jax.process_count() > 1:  # a shared disk may show others an older file
+        there = np.asarray(multihost_utils.broadcast_one_to_all(there))
+    found: dict[tuple[str, str], tuple[Item, list[Pass]]] = {}
+    for (one, item), known in zip(every, there, strict=True):
+        if not known:
+            found.setdefault((one.task.name, item.id), (item, []))[1].append(one)
+    return found
+
+
+def _groups(run: LoadedRun, passes: Sequence[Pass], failures: Failures) -> dict[_Group, list[_Wanted]]:
     """What is to be answered, by what shares a batch, in order of length."""
     template, context = run.prepared.template, SIZES[run.cell.llm.name].context
-    by_item: dict[tuple[str, str], list[Pass]] = {}
-    items: dict[tuple[str, str], Item] = {}
-    for one in passes:
-        for item in one.task.items:
-            if item.id not in one.journal.said:
-                by_item.setdefault((one.task.name, item.id), []).append(one)
-                items[one.task.name, item.id] = item
     groups: dict[_Group, list[_Wanted]] = {}
-    for name, asked in by_item.items():
-        item = items[name]
+    for (task, name), (item, asked) in _missing(passes).items():
         for blind in (False, True):
-            part = tuple(one for one in asked if (one.visual_tokens == 0) == blind)
+            part = [one for one in asked if (one.visual_tokens == 0) == blind]
             if not part:
                 continue
             shown = item
             if blind:  # a model trained blind reads what pictures leave behind in a text, as in training
                 shown = item.blind() if run.cell.compressor.visual_tokens else item.unseen()
             prompt = prompt_of(shown, template)
-            longest, new = max(one.visual_tokens for one in part), part[0].task.max_new_tokens
-            taken = text_tokens(prompt) + prompt.count(IMAGE_MARK) * longest
-            if taken + new > context:
-                failures[name] = f"its prompt of {taken} tokens and {new} new ones exceed the LLM's {context}"
-                continue
-            counts = tuple(one.visual_tokens for one in part)
-            group = _Group(new, shown.images, bool(shown.files), counts)
-            groups.setdefault(group, []).append(_Wanted(shown, part, text_tokens(prompt)))
+            new, fits = part[0].task.max_new_tokens, []
+            for one in part:
+                taken = text_tokens(prompt) + prompt.count(IMAGE_MARK) * one.visual_tokens
+                if taken + new <= context:
+                    fits.append(one)
+                    continue
+                failures[task, one.visual_tokens, name] = (
+                    f"its prompt of {taken} tokens and {new} new ones exceed the LLM's {context}"
+                )
+            if fits:
+                counts = tuple(one.visual_tokens for one in fits)
+                group = _Group(new, shown.images, bool(shown.files), counts)
+                groups.setdefault(group, []).append(_Wanted(shown, tuple(fits), text_tokens(prompt)))
     for wanted in groups.values():
         wanted.sort(key=lambda one: (one.length, one.passes[0].task.name, one.item.id))
     return groups
@@ -141,7 +152,7 @@ def _everywhere(failed: dict[int, str], rows: int) -> dict[int, str]:
         return failed
     mine = np.array([row in failed for row in range(rows)])
     anyones = np.asarray(multihost_utils.process_allgather(mine)).any(0)
-    other = "its picture could not be read by another process; see what that one says"
+    other = "its picture could not be read by another process, whose output says why"
     return {int(row): failed.get(int(row), other) for row in np.flatnonzero(anyones)}
 
 
@@ -204,6 +215,8 @@ class _Asker:
             return reader.read(dataset, item.record, dataset.images(item.record)[: item.images])
         except OSError as error:
             return f"picture {error.filename}: {error.strerror}"
+        except ValueError as error:  # of a name that no file can have
+            return f"picture {item.files!r}: {error}"
         except ImageError as error:
             named = [str(file) for file in item.files if not isinstance(file, bytes)]
             return f"picture {', '.join(named) or item.id}: {error}"

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from vlmscale.config import EvaluateConfig
 from vlmscale.data.conversation import IMAGE_MARK, Template
 from vlmscale.data.dataset import Dataset
 from vlmscale.data.records import PLACEHOLDER, Turn
 from vlmscale.errors import UserError
 from vlmscale.evaluate.questions import Question, read_questions
-from vlmscale.evaluate.tasks import asked, benchmark_of, check
+from vlmscale.evaluate.tasks import asked, benchmark_of, check, expand_tasks, rule_of
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,11 @@ class Task:
 
     Attributes:
       name, group, split: as the rows say.
-      scorer: the rule, see `tasks.benchmark_of`.
+      rule: how it is scored, see `tasks.rule_of`.
       items: in order of the file.
       max_new_tokens: longest answer.
-      asked_as: how its questions are put, for the rows: the history, or the benchmark's name and version.
+      asked_as: how its questions are put, for the rows: the history, or the rule's name and version, with
+        "+template" where questions have prompts of their own.
       digest: of what the items' pictures are, where they lie in a prepared data set.
       chance: score of guessing, where the items say; None for that of the benchmark.
     """
@@ -71,7 +73,7 @@ class Task:
     name: str
     group: str
     split: str
-    scorer: str
+    rule: str
     items: tuple[Item, ...]
     max_new_tokens: int
     asked_as: str
@@ -91,9 +93,17 @@ def key_of(item: Item, task: Task, told: Any) -> str:
         if isinstance(file, bytes):
             pictures.append(hashlib.sha256(file).hexdigest())
         else:
-            pictures += [file.name, file.stat().st_size if file.exists() else -1]
+            pictures += [file.name, _size(file)]
     parts = repr((item.text, item.history, pictures, task.max_new_tokens, told))
     return hashlib.sha256(parts.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; -1 where there is none, or none that can be asked for."""
+    try:
+        return file.stat().st_size
+    except (OSError, ValueError):
+        return -1
 
 
 def make_items(datasets: Sequence[Dataset], history: str) -> list[tuple[str, str, float, Item]]:
@@ -136,8 +146,8 @@ def record_tasks(
         items = tuple(item for _, _, item in parts)
         chance = statistics.fmean(chance for _, chance, _ in parts)
         group = parts[0][0]
-        scorer, _ = benchmark_of(name, [item.question for item in items])
-        tasks[name] = Task(name, group, split, scorer, items, max_new_tokens, history, digest, chance)
+        # Whatever its name: records say nothing of a benchmark's options and pairs.
+        tasks[name] = Task(name, group, split, "exact_match", items, max_new_tokens, history, digest, chance)
     return tasks
 
 
@@ -147,14 +157,16 @@ def file_task(name: str, data: Path) -> Task:
     Raises:
       UserError: there is no such file, or one of its lines cannot be used.
     """
+    rule_of(name, ())
     path = data / f"{name}.jsonl"
     if not path.exists():
         there = ", ".join(sorted(file.stem for file in data.glob("*.jsonl"))) or "no task file"
         raise UserError(f"--data {data}: has no {name}.jsonl; it has {there}")
     questions = read_questions(path)
-    scorer, benchmark = benchmark_of(name, questions)
+    rule = rule_of(name, questions)
+    benchmark = benchmark_of(rule)
     try:
-        check(name, questions)
+        check(rule, questions)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     items = []
@@ -171,7 +183,34 @@ def file_task(name: str, data: Path) -> Task:
         items.append(Item(question, text, len(files), files=files))
     splits = {question.split for question in questions}
     split = (splits.pop() or "all") if len(splits) == 1 else "mixed"
-    return Task(name, benchmark.group, split, scorer, tuple(items), benchmark.max_new_tokens, scorer)
+    asked_as = f"{rule}/{benchmark.version}" + "+template" * any(one.template for one in questions)
+    return Task(name, benchmark.group, split, rule, tuple(items), benchmark.max_new_tokens, asked_as)
+
+
+def file_tasks(names: Sequence[str], data: Path) -> list[Task]:
+    """The tasks of these names, or of groups, in a directory of task files.
+
+    Raises:
+      UserError: as `file_task`, or there is no name.
+    """
+    if not names:
+        raise UserError(f"--data {data}: name what to evaluate, such as --tasks gqa,pope")
+    return [file_task(name, data) for name in expand_tasks(names)]
+
+
+def check_files(configs: Sequence[EvaluateConfig]) -> None:
+    """Find before training what would stop the evaluation behind it.
+
+    Raises:
+      UserError: as `file_task`.
+    """
+    for names, data in dict.fromkeys((config.tasks, config.data) for config in configs if config.data):
+        file_tasks(words(names), Path(data))
+
+
+def words(names: str) -> list[str]:
+    """Names that commas separate."""
+    return [word.strip() for word in names.split(",") if word.strip()]
 
 
 def prompt_of(item: Item, template: Template) -> list[int]:

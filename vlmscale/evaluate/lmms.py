@@ -451,7 +451,7 @@ class TrainedRun:
                 journal = Journal(Path(folder) / f"{longest}.jsonl", {item.id: "" for item in items})
                 passes.append(Pass(task, self.visual_tokens, journal))
             failed = answer_all(self.run, passes, split, lambda done, total: bar("answering", done, total))
-        for (_, name), reason in failed.items():
+        for (_, _, name), reason in failed.items():
             more = f" (and {len(failed) - 1} more were not answered)" if len(failed) > 1 else ""
             raise UserError(f"{name}: {reason}{more}")
         said = {name: words for one in passes for name, words in one.journal.said.items()}

@@ -68,6 +68,7 @@ class LoadedRun:
     tower: dict[str, Any] | None
     mesh: Mesh
     dtype: Any
+    _tower: dict[str, Any] = field(default_factory=dict, repr=False)
     _pictures: dict[str, list[PictureReader | None]] = field(default_factory=dict, repr=False)
 
     def pictures(self, split: str) -> list[PictureReader | None]:
@@ -88,10 +89,13 @@ class LoadedRun:
         return build_model(self.cell, rows, "loop", visual_tokens).clone(dtype=self.dtype)
 
     def any_tower(self) -> dict[str, Any]:
-        """The tower's parameters, also where training read stored outputs."""
+        """The tower's parameters on the devices, also where training read stored outputs."""
         if self.tower is not None:
             return self.tower
-        return load_tower(self.prepared.path / TOWER, self.cell.tower.name, needs_of(self.cell))
+        if not self._tower:
+            read = load_tower(self.prepared.path / TOWER, self.cell.tower.name, needs_of(self.cell))
+            self._tower.update(jax.device_put(read, replicated(self.mesh)))
+        return self._tower
 
 
 def load_run(path: Path, dtype: Any = None, overrides: Sequence[str] = ()) -> LoadedRun:
@@ -99,7 +103,7 @@ def load_run(path: Path, dtype: Any = None, overrides: Sequence[str] = ()) -> Lo
 
     Args:
       path: of the run.
-      dtype: of parameters and computation; None for float32.
+      dtype: of parameters and computation; None for float32 on a CPU and bfloat16 elsewhere.
       overrides: words `--config.KEY=VALUE` of the parts evaluate and mesh; the mesh that it was trained on is
         not that of its evaluation.
 
@@ -113,7 +117,7 @@ def load_run(path: Path, dtype: Any = None, overrides: Sequence[str] = ()) -> Lo
     model, tower = build_model(cell, prepared.vocab_rows(cell)), prepared.tower(cell)
     cell = override(replace(cell, mesh=MeshConfig()), overrides, ("evaluate", "mesh"))
     mesh = choose_mesh([cell], prepared)
-    dtype = jnp.dtype(dtype or jnp.float32)
+    dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
     places = lay_out(cell, model, mesh, tower, dtype)
     checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True)
     found = checkpoints.restore_latest({"params": places.trained})

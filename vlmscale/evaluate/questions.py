@@ -15,6 +15,7 @@ from vlmscale.data.records import read_items
 from vlmscale.errors import UserError
 
 _KINDS = ("text", "integer", "float", "list")
+_MOST_OPTIONS = 26
 _TEXTS = ("question", "hint", "template", "category", "group", "split")
 KEYS = ("id", "image", "answers", "options", "answer_type", "precision", *_TEXTS)
 
@@ -34,7 +35,8 @@ class Question:
       category: what scores are also reported by; of MME and POPE one of theirs.
       group: questions that count together: the two of an MME picture, the rotations of an MMBench question.
       split: of the benchmark, where the file says.
-      answer_type, precision: MathVista's: text, integer, float or list, and digits behind the point.
+      answer_type, precision: MathVista's: text, integer, float or list, "" for that of the right answer;
+        digits behind the point.
     """
 
     id: str
@@ -47,7 +49,7 @@ class Question:
     category: str = ""
     group: str = ""
     split: str = ""
-    answer_type: str = "text"
+    answer_type: str = ""
     precision: int | None = None
 
 
@@ -107,6 +109,8 @@ def _id(value: dict[str, Any], where: str) -> str:
     name = value.get("id")
     if isinstance(name, bool) or not isinstance(name, str | int) or name == "":
         raise UserError(f"{where}: id={name!r} must be a text or a whole number")
+    if isinstance(name, str) and not name.isprintable():
+        raise UserError(f"{where}: id={name!r} holds characters that cannot be printed")
     return str(name)
 
 
@@ -116,8 +120,8 @@ def _question(name: str, value: dict[str, Any], where: str, asked: bool) -> Ques
     texts = {key: _text(value, key, where) for key in _TEXTS}
     if asked and not texts["question"].strip():
         raise UserError(f"{where}: has no question")
-    kind = value.get("answer_type", "text")
-    if kind not in _KINDS:
+    kind = value.get("answer_type") or ""
+    if kind and kind not in _KINDS:
         raise UserError(f"{where}: answer_type={kind!r} must be one of {', '.join(_KINDS)}")
     precision = value.get("precision")
     if precision is not None:
@@ -142,6 +146,15 @@ def _text(value: dict[str, Any], key: str, where: str) -> str:
         return ""
     if not isinstance(text, str):
         raise UserError(f"{where}: {key}={text!r} must be a text, in quotes")
+    return _whole(text, key, where)
+
+
+def _whole(text: str, key: str, where: str) -> str:
+    """The text, refused where it has half of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where}: {key}={text!r} is no valid text") from None
     return text
 
 
@@ -154,8 +167,12 @@ def _texts(value: dict[str, Any], key: str, where: str, needed: bool = False) ->
         texts = [texts]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: {key}={texts!r} must be a text or a list of texts, in quotes")
+    for text in texts:
+        _whole(text, key, where)
     if not texts:
         raise UserError(f"{where}: {key} is an empty list; name at least one, or leave the key away")
+    if key == "options" and len(texts) > _MOST_OPTIONS:
+        raise UserError(f"{where}: has {len(texts)} options; letters are there for {_MOST_OPTIONS}")
     if key != "answers" and (empty := [text for text in texts if not text.strip()]):
         raise UserError(f"{where}: {key} holds the empty text {empty[0]!r}")
     return tuple(texts)

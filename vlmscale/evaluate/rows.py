@@ -38,15 +38,15 @@ class Costs(NamedTuple):
     per_sample: float  # training FLOPs of an average sample
 
     @staticmethod
-    def of(run: LoadedRun, passes: Sequence[Pass], visual_tokens: int) -> Costs:
-        """Those of tasks that were answered at one count."""
+    def of(run: LoadedRun, passes: Sequence[Pass], visual_tokens: int, heldout: float | None) -> Costs:
+        """Those of tasks that were answered at one count, with the held-out loss there."""
         cell = run.cell
         given, pictures = _pictures(passes)
         # Of an adaptive method the mean over pictures is its V, for tasks without pictures too.
         mean_tokens = given / pictures if pictures else float(visual_tokens)
         sample = run.prepared.samples("train", cell).average()
         trained = sample_flops(cell, run.prepared.vocab_rows(cell), sample, mean_tokens)
-        return Costs(visual_tokens, mean_tokens, heldout_loss(run, visual_tokens), trained)
+        return Costs(visual_tokens, mean_tokens, heldout, trained)
 
 
 def _pictures(passes: Sequence[Pass]) -> tuple[int, int]:
@@ -116,6 +116,7 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
         infer_flops=round(per_item * sum(image) + llm_flops),
         latency_ms=None,
         device=read_json(run.path / "env.json")["device"],
+        dtype=str(run.dtype),
         task=task.name,
         task_group=task.group,
         split=task.split,
@@ -128,7 +129,7 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
         n_items=scored.n_items,
         n_failed=scored.n_missing,
         details=scored.summary.details,
-        chance=0.0 if chance is None else chance,
+        chance=chance,
         blind_score=None if blind is None else blind.summary.score,
         heldout_loss=costs.heldout_loss,
         wall_s=read_json(run.path / "done.json")["wall_s"],

@@ -7,20 +7,20 @@ it was, and scoring can be repeated without a model.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmscale.compressors import COMPRESSORS
-from vlmscale.distributed import barrier, leader
+from vlmscale.distributed import agree, barrier, leader
 from vlmscale.errors import UserError
 from vlmscale.evaluate.answers import Journal
-from vlmscale.evaluate.asking import Pass, Progress, answer_all
-from vlmscale.evaluate.items import Task, file_task, key_of, prompt_of, record_tasks, text_tokens
+from vlmscale.evaluate.asking import Failures, Pass, Progress, answer_all
+from vlmscale.evaluate.items import Task, file_tasks, key_of, prompt_of, record_tasks, text_tokens, words
 from vlmscale.evaluate.loaded import LoadedRun
-from vlmscale.evaluate.rows import Costs, make_row, prompt_id
-from vlmscale.evaluate.tasks import Scored, expand_tasks, score
+from vlmscale.evaluate.rows import Costs, heldout_loss, make_row, prompt_id
+from vlmscale.evaluate.tasks import Scored, score
 from vlmscale.records import ResultRow, make_directory, read_json, read_rows, write_lines
 from vlmscale.validation import check_evaluable
 
@@ -78,20 +78,35 @@ def evaluate(
     if own:
         for task in tasks:  # what was asked blind before is told again
             blind = _pass(run, task, 0)
-            if asked.blind or config.blind or len(blind.journal.said) == len(task.items):
+            if asked.blind or config.blind or agree(int(bool(blind.journal.said))):
                 passes[task.name, 0] = blind
+    elif asked.blind:
+        tell("the run was trained without pictures: its scores are blind")
     barrier("journals are read")
     failures = answer_all(run, list(passes.values()), run.prepared.eval_split, progress)
-    barrier("all is answered")
-    if not leader():
-        return []
-    _file_failures(run.path, tasks, failures, tell)
+    _tell_failures(run.path, failures, tell)
+    heldout = {count: heldout_loss(run, count) for count in counts}  # computed by all processes together
+    rows = _file(run, asked, tasks, passes, heldout, failures) if leader() else []
+    barrier("rows are filed")  # the leader must not be left alone meanwhile
+    return rows
+
+
+def _file(
+    run: LoadedRun,
+    asked: Asked,
+    tasks: Sequence[Task],
+    passes: dict[tuple[str, int], Pass],
+    heldout: dict[int, float | None],
+    failures: Failures,
+) -> list[ResultRow]:
+    """Score what was said and write what is to be written; the new rows."""
+    _file_failures(run.path, passes, failures)
     scored = {key: _score(one) for key, one in passes.items()}
     if asked.llava:
         for one in passes.values():
             order = [item.id for item in one.task.items]
             one.journal.write_llava(one.journal.path.with_suffix(".llava.jsonl"), order, run.path.name)
-    rows = _rows(run, tasks, counts, passes, scored)
+    rows = _rows(run, tasks, heldout, passes, scored)
     _file_rows(run, rows)
     return rows
 
@@ -103,12 +118,10 @@ def tasks_of(run: LoadedRun, asked: Asked, tell: Callable[[str], None]) -> list[
       UserError: as `evaluate`.
     """
     config = run.cell.evaluate
-    names = expand_tasks(asked.tasks or [word for word in config.tasks.split(",") if word])
+    names = list(asked.tasks) or words(config.tasks)
     data = asked.data or (Path(config.data) if config.data and not asked.tasks else None)
     if data is not None:
-        if not names:
-            raise UserError(f"--data {data}: name what to evaluate, such as --tasks gqa,pope")
-        return [file_task(name, data) for name in names]
+        return file_tasks(names, data)
     split, most = run.prepared.eval_split, run.cell.data.max_text_tokens
     known = record_tasks(run.prepared.datasets[split], split, config.history, config.max_new_tokens)
     for name in names:
@@ -157,7 +170,7 @@ def _pass(run: LoadedRun, task: Task, count: int) -> Pass:
 def _score(one: Pass) -> Scored:
     """Score a pass and file what each answer scored."""
     answers = {name: said.text for name, said in one.journal.said.items()}
-    scored = score(one.task.name, one.task.questions, answers)
+    scored = score(one.task.name, one.task.rule, one.task.questions, answers)
     one.journal.finish({item.id: item.question.answers for item in one.task.items}, scored.marks)
     return scored
 
@@ -165,14 +178,14 @@ def _score(one: Pass) -> Scored:
 def _rows(
     run: LoadedRun,
     tasks: Sequence[Task],
-    counts: Sequence[int],
+    heldout: dict[int, float | None],
     passes: dict[tuple[str, int], Pass],
     scored: dict[tuple[str, int], Scored],
 ) -> list[ResultRow]:
     """A row a task and count."""
     rows = []
-    for count in counts:
-        costs = Costs.of(run, [passes[task.name, count] for task in tasks], count)
+    for count, loss in heldout.items():
+        costs = Costs.of(run, [passes[task.name, count] for task in tasks], count, loss)
         for task in sorted(tasks, key=lambda task: task.name):
             blind = scored.get((task.name, 0))
             rows.append(make_row(run, passes[task.name, count], scored[task.name, count], blind, costs))
@@ -193,15 +206,22 @@ def _file_rows(run: LoadedRun, rows: Sequence[ResultRow]) -> None:
     write_lines(results, [json.dumps(row) for row in every])
 
 
-def _file_failures(
-    path: Path, tasks: Sequence[Task], failures: dict[tuple[str, str], str], tell: Callable[[str], None]
-) -> None:
-    """Write which items were not answered and why, and tell the first."""
-    file, names = path / FAILURES, {task.name for task in tasks}
-    kept = [line for line in read_rows(file) if line["task"] not in names] if file.exists() else []
-    lines = kept + [{"task": task, "id": name, "reason": why} for (task, name), why in failures.items()]
-    write_lines(file, [json.dumps(line) for line in lines])
-    for (task, name), why in list(failures.items())[:_SHOWN]:
+def _tell_failures(path: Path, failures: Failures, tell: Callable[[str], None]) -> None:
+    """Tell the first items that were not answered."""
+    found = {(task, name): why for (task, _, name), why in failures.items()}
+    for (task, name), why in list(found.items())[:_SHOWN]:
         tell(f"{task}: item {name}: {why}")
-    if len(failures) > _SHOWN:
-        tell(f"and {len(failures) - _SHOWN} more items were not answered: {file}")
+    if len(found) > _SHOWN:
+        tell(f"and {len(found) - _SHOWN} more items were not answered: {path / FAILURES}")
+
+
+def _file_failures(path: Path, passes: Collection[tuple[str, int]], failures: Failures) -> None:
+    """Write which items were not answered and why; those of other passes stay."""
+    file = path / FAILURES
+    lines = read_rows(file) if file.exists() else []
+    lines = [line for line in lines if (line["task"], line["visual_tokens"]) not in passes]
+    lines += [
+        {"task": task, "visual_tokens": count, "id": name, "reason": why}
+        for (task, count, name), why in failures.items()
+    ]
+    write_lines(file, [json.dumps(line) for line in lines])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -10,8 +11,10 @@ from vlmscale.errors import UserError
 from vlmscale.evaluate.questions import Question
 from vlmscale.evaluate.scorers import Mark, Summarise, Summary, accuracy, choice, mathvista, text, vqa, yesno
 
-WORD = "{hint}{question}\nAnswer the question using a single word or phrase."
-LETTER = "{hint}{question}\n{options}\nAnswer with the option's letter from the given choices directly."
+ONE_WORD = "Answer the question using a single word or phrase."
+ONE_LETTER = "Answer with the option's letter from the given choices directly."
+WORD = f"{{hint}}{{question}}\n{ONE_WORD}"
+LETTER = f"{{hint}}{{question}}\n{{options}}\n{ONE_LETTER}"
 Chance = Callable[[Sequence[Question]], float | None]
 
 
@@ -85,13 +88,13 @@ BENCHMARKS: dict[str, Benchmark] = {
         accuracy,
         always(0),
         "{question}\nWhen the provided information is insufficient, respond with 'Unanswerable'.\n"
-        "Answer the question using a single word or phrase.",
+        + ONE_WORD,
     ),
     "textvqa": Benchmark("ocr", "accuracy", vqa.evalai, accuracy, always(0), WORD),
     "gqa": Benchmark("reasoning", "accuracy", text.gqa, accuracy, always(0), WORD),
     "pope": Benchmark("reasoning", "accuracy", yesno.pope, yesno.summarise_pope, always(0.5), WORD),
     "mme": Benchmark(
-        "reasoning", "(accuracy + accuracy+)/200", yesno.mme, yesno.summarise_mme, always(0.375), WORD
+        "reasoning", "(accuracy + accuracy+)/2800", yesno.mme, yesno.summarise_mme, yesno.chance_mme, WORD
     ),
     "mmbench": Benchmark(
         "reasoning", "accuracy", choice.mmbench, choice.summarise_mmbench, choice.chance_mmbench, LETTER, 64
@@ -118,29 +121,40 @@ GROUPS = {
     for name in ("reasoning", "ocr", "general")
 }
 # What a task file of any other name is scored by: its options' letters, or the words.
-OWN = Benchmark("own", "accuracy", text.exact_match, accuracy, always(0), "{hint}{question}")
-OWN_CHOICE = replace(OWN, mark=choice.letter, chance=over_options, prompt=LETTER)
+EXACT = Benchmark("own", "accuracy", text.exact_match, accuracy, always(0), "{hint}{question}")
+OWN = {
+    "exact_match": EXACT,
+    "letter": replace(EXACT, mark=choice.letter, chance=over_options, prompt=LETTER),
+}
+_NAME = re.compile(r"[A-Za-z0-9][\w .-]*")
 
 
 def expand_tasks(names: Sequence[str]) -> list[str]:
-    """Task names with groups in place of their names, each once.
-
-    Raises:
-      UserError: an empty name.
-    """
-    every = [task for name in names for task in GROUPS.get(name.strip(), (name.strip(),))]
-    if "" in every:
-        raise UserError(f"--tasks {','.join(names)}: holds an empty name")
+    """Task names with those of a group in place of its name, each once."""
+    every = [task for name in names for task in GROUPS.get(name, (name,))]
     return list(dict.fromkeys(every))
 
 
-def benchmark_of(task: str, questions: Sequence[Question]) -> tuple[str, Benchmark]:
-    """The rule of a task, and its name with version."""
-    if task in BENCHMARKS:
-        return f"{task}/{BENCHMARKS[task].version}", BENCHMARKS[task]
-    if any(question.options for question in questions):
-        return "letter/1", OWN_CHOICE
-    return "exact_match/1", OWN
+def rule_of(task: str, questions: Sequence[Question]) -> str:
+    """The rule that a task of this name is scored by: its own, or of other names letter or exact_match.
+
+    Raises:
+      UserError: the name is that of a group, or of a benchmark but for its case, or no name of a file.
+    """
+    if task in BENCHMARKS or task in OWN:
+        return task
+    if task in GROUPS:
+        raise UserError(f"task {task}: is a group; name one of {', '.join(GROUPS[task])}")
+    if task.lower() in BENCHMARKS:
+        raise UserError(f"task {task}: write {task.lower()}")
+    if not _NAME.fullmatch(task):
+        raise UserError(f"task {task!r}: a name has letters, digits, '_', '-', '.' and spaces alone")
+    return "letter" if any(question.options for question in questions) else "exact_match"
+
+
+def benchmark_of(rule: str) -> Benchmark:
+    """The table's entry of a rule."""
+    return (BENCHMARKS | OWN)[rule]
 
 
 def asked(benchmark: Benchmark, question: Question) -> str:
@@ -158,22 +172,23 @@ def asked(benchmark: Benchmark, question: Question) -> str:
     return template
 
 
-def check(task: str, questions: Sequence[Question]) -> None:
+def check(rule: str, questions: Sequence[Question]) -> None:
     """Find before anything is asked what would stop the scoring.
 
     Raises:
-      UserError: a question lacks what the task's rule reads, or the pictures of MME have no pairs.
+      UserError: a question lacks what the rule reads, or the pictures of MME have no pairs.
     """
-    _, benchmark = benchmark_of(task, questions)
+    benchmark = benchmark_of(rule)
     marks = [benchmark.mark(question, "") for question in questions]
     benchmark.summarise(questions, [""] * len(marks), marks)
 
 
-def score(task: str, questions: Sequence[Question], answers: dict[str, str]) -> Scored:
+def score(task: str, rule: str, questions: Sequence[Question], answers: dict[str, str]) -> Scored:
     """Score the answers to a task.
 
     Args:
-      task: of `BENCHMARKS`, or of a file of one's own.
+      task: its name.
+      rule: of `rule_of`.
       questions: all of the task; one without an answer counts as wrong.
       answers: by id.
 
@@ -185,7 +200,7 @@ def score(task: str, questions: Sequence[Question], answers: dict[str, str]) -> 
             f"answer to {unknown[0]}: no item has this id ({len(unknown)} such answers); "
             f"name the items that were answered"
         )
-    name, benchmark = benchmark_of(task, questions)
+    benchmark = benchmark_of(rule)
     given = [answers.get(question.id, "") for question in questions]
     marks = [
         benchmark.mark(question, answer) if question.id in answers else 0.0
@@ -195,7 +210,7 @@ def score(task: str, questions: Sequence[Question], answers: dict[str, str]) -> 
     return Scored(
         task,
         benchmark.metric,
-        name,
+        f"{rule}/{benchmark.version}",
         summary,
         benchmark.chance(questions),
         len(questions),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from vlmscale.errors import UserError
 from vlmscale.evaluate.converters.official import (
-    LETTER,
     Converted,
     Official,
     get,
@@ -16,6 +15,7 @@ from vlmscale.evaluate.converters.official import (
     verbatim,
 )
 from vlmscale.evaluate.questions import Question
+from vlmscale.evaluate.tasks import ONE_LETTER
 
 
 def scienceqa(official: Official) -> Converted:
@@ -62,7 +62,7 @@ def scienceqa(official: Official) -> Converted:
                 if picture
                 else (),
                 options,
-                template=verbatim(f"{asked}\n{LETTER}", where),
+                template=verbatim(f"{asked}\n{ONE_LETTER}", where),
                 category=kind,
                 split="test",
             )

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmscale.errors import UserError
-from vlmscale.evaluate.converters.official import LETTER, WORD, Converted, Official, get, verbatim
+from vlmscale.evaluate.converters.official import Converted, Official, get, verbatim
 from vlmscale.evaluate.questions import Question
+from vlmscale.evaluate.tasks import ONE_LETTER, ONE_WORD
 
 _PICTURES = tuple(f"image_{i}" for i in range(1, 8))
 _NAME = re.compile(r"[\w.-]+")
@@ -82,7 +83,7 @@ def _question(official: Official, row: dict[str, Any], where: str) -> Question:
                 f"{where}: answer={answer!r} is no letter of its {len(options)} options (test has none)"
             )
         listed = "".join(f"({chr(65 + i)}) {option}\n" for i, option in enumerate(options))
-        prompt = f"{text}\n{listed}\n{LETTER}"
+        prompt = f"{text}\n{listed}\n{ONE_LETTER}"
     else:
         if answer in ("", "?"):
             raise UserError(
@@ -90,7 +91,7 @@ def _question(official: Official, row: dict[str, Any], where: str) -> Question:
             )
         if answer.startswith("[") and answer.endswith("]"):
             answers = _list(answer, "answer", where)
-        prompt = f"{text}\n{WORD}"
+        prompt = f"{text}\n{ONE_WORD}"
     images = []
     for key in _PICTURES:
         if (value := row.get(key)) is not None:

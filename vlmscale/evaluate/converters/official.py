@@ -13,8 +13,6 @@ from vlmscale.errors import UserError
 from vlmscale.evaluate.questions import Question
 from vlmscale.records import read_object
 
-WORD = "Answer the question using a single word or phrase."
-LETTER = "Answer with the option's letter from the given choices directly."
 _PLACES = ("{question}", "{options}", "{hint}")  # what `tasks.asked` fills in
 _T = TypeVar("_T")
 _WORDS: dict[type, str] = {

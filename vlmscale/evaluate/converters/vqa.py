@@ -8,7 +8,6 @@ from typing import Any
 
 from vlmscale.errors import UserError
 from vlmscale.evaluate.converters.official import (
-    WORD,
     Converted,
     Official,
     get,
@@ -20,6 +19,7 @@ from vlmscale.evaluate.converters.official import (
     verbatim,
 )
 from vlmscale.evaluate.questions import Question
+from vlmscale.evaluate.tasks import ONE_WORD
 
 _VQAV2 = re.compile(r"v2_OpenEnded_mscoco_(.+)_questions\.json")
 
@@ -126,7 +126,7 @@ def textvqa(official: Official) -> Converted:
             if image not in tokens:
                 raise UserError(f"{rosetta}: has no tokens of picture {image} of {path.name}; copy it again")
             listed = ", ".join(tokens[image])
-            template = verbatim(f"{question.strip()}\nReference OCR token: {listed}\n{WORD}", where)
+            template = verbatim(f"{question.strip()}\nReference OCR token: {listed}\n{ONE_WORD}", where)
         picture = f"{image}.jpg"
         found.questions.append(
             Question(

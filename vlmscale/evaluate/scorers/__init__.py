@@ -54,4 +54,6 @@ def by_category(questions: Sequence[Question], marks: Sequence[float]) -> dict[s
     found: dict[str, list[float]] = {}
     for question, mark in zip(questions, marks, strict=True):
         found.setdefault(question.category or "other", []).append(mark)
-    return {name: mean(part)[0] for name, part in sorted(found.items())} if len(found) > 1 else {}
+    return (
+        {f"category {name}": mean(part)[0] for name, part in sorted(found.items())} if len(found) > 1 else {}
+    )

@@ -159,6 +159,8 @@ def right_letter(question: Question) -> str:
       UserError: the right answer is neither a letter of the question nor one of its options.
     """
     truth = question.answers[0].strip()
+    if len(question.answers) > 1:
+        raise UserError(f"item {question.id}: has {len(question.answers)} answers; of a choice one is right")
     options = _options(question)
     upper = truth.upper()
     if re.fullmatch("[A-Z]", upper) and (not options or upper in options):

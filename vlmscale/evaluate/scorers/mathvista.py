@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 from vlmscale.errors import UserError
 from vlmscale.evaluate.questions import Question
 from vlmscale.evaluate.scorers.text import distance
 
+_LETTERS = "ABCDE"
 _QUOTED = re.compile(r'The answer is "(.*)"\.')
 _BRACKETED = re.compile(r"\(([a-zA-Z])\)")
 _LEADING_LETTER = re.compile(r"([A-Z])(?:[.:)](?:\s.*)?)?", re.DOTALL)
@@ -31,16 +33,30 @@ def mathvista(question: Question, answer: str) -> float:
     single number. Otherwise the answer stands as it is. For answers of a word or a number this is the
     authors' score; for models that talk it is another, mostly lower one.
 
-    A question with options is multiple choice: its answer is a choice's text or letter. A precision that the
-    file does not give is that of the right answer as written.
+    A question with options is multiple choice: its answer is a choice's text or letter. A type or precision
+    that the file does not give is that of the right answer as written; a capital letter alone is a choice.
 
     Raises:
       UserError: there are options and the right answer is none of them.
     """
-    text = answer.strip()
+    question, text = _typed(question), answer.strip()
+    if not question.options and re.fullmatch("[A-Z]", question.answers[0].strip()):
+        # A choice whose options are not known: what names no letter is wrong.
+        return float(
+            _extracted(text, replace(question, options=tuple(_LETTERS))) == question.answers[0].strip()
+        )
     if question.options:
         return float(_choice(_extracted(text, question), question.options) == _right_choice(question))
     return float(_value(_extracted(text, question), question) == question.answers[0].strip())
+
+
+def _typed(question: Question) -> Question:
+    """The question with a type: where the file names none, that of its right answer."""
+    truth = question.answers[0].strip()
+    if question.answer_type or question.options:
+        return question
+    kind = next((kind for kind, read in (("integer", int), ("float", float)) if _parsed(truth, read)), "text")
+    return replace(question, answer_type=kind)
 
 
 def _extracted(text: str, question: Question) -> str:

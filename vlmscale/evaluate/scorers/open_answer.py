@@ -23,7 +23,7 @@ def holds(answer: str, truths: Sequence[str]) -> bool:
     Numbers are equal to two digits behind the point. A right answer of one character must have a space beside
     it, so that it is not found in every word.
     """
-    right = [form for truth in truths for form in _forms(truth)]
+    right = [form for truth in truths if truth.strip() for form in _forms(truth)]
     for candidate in _candidates(answer):
         if isinstance(candidate, float):
             if candidate in right:

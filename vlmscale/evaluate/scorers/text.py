@@ -22,10 +22,11 @@ def gqa(question: Question, answer: str) -> float:
 
     The authors' eval.py compares two texts for equality and leaves to the model to write in lower case.
     LLaVA's scripts/convert_gqa_for_eval.py, which its published numbers went through, drops full stops at the
-    end and lowers the case before that; this is the rule here. lmms-eval drops all ASCII punctuation and
+    end and lowers the case before that; this is the rule here, of both sides: the
+    official truths are so already. lmms-eval drops all ASCII punctuation and
     lowers both sides, so that "t-shirt" is right for it where the truth is "tshirt", and here it is not.
     """
-    return float(answer.strip().rstrip(".").lower() in question.answers)
+    return float(_plain(answer) in {_plain(truth) for truth in question.answers})
 
 
 def chartqa(question: Question, answer: str) -> float:
@@ -50,6 +51,10 @@ def docvqa(question: Question, answer: str) -> float:
     given = answer.strip()
     similarity = max(_similarity(given, truth) for truth in question.answers)
     return similarity if similarity >= _ANLS_THRESHOLD else 0.0
+
+
+def _plain(text: str) -> str:
+    return text.strip().rstrip(".").strip().lower()
 
 
 def distance(one: str, other: str) -> int:

@@ -73,14 +73,13 @@ def evalai(question: Question, answer: str) -> float:
 def _agreement(truths: Sequence[str], answer: str) -> float:
     """Mean over the annotators of min(1, n/3), n being how many of the others gave this answer.
 
-    The formula is for ten. Of two annotators the one that agrees has nobody left to agree with and the score
-    stays below 1/3, which is still what the formula says; of a single one it would always be 0, which says
-    nothing, so there an equal text is right.
+    The formula is for ten. Of fewer than four there are no three others: then all others are enough, and of a
+    single one an equal text.
     """
     if len(truths) == 1:
         return float(answer == truths[0])
-    same = sum(truth == answer for truth in truths)
-    return math.fsum(min(1.0, (same - (truth == answer)) / _ENOUGH) for truth in truths) / len(truths)
+    same, enough = sum(truth == answer for truth in truths), min(_ENOUGH, len(truths) - 1)
+    return math.fsum(min(1.0, (same - (truth == answer)) / enough) for truth in truths) / len(truths)
 
 
 def _processed(text: str) -> str:

@@ -13,6 +13,7 @@ _SAYS_NO = frozenset(("No", "not", "no"))
 _PREFIX = 4  # characters in which MME looks for yes or no
 _PERCENT = 100.0
 _FULL = 200.0  # points of an MME category
+_CATEGORIES = 14
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "ocr",
 )  # fmt: skip
@@ -52,9 +53,9 @@ def summarise_pope(questions: Sequence[Question], answers: Sequence[str], marks:
     if len(categories) > 1:
         f1s = []
         for name, places in sorted(categories.items()):
-            details[f"accuracy_{name}"] = mean([marks[place] for place in places])[0]
+            details[f"category {name}"] = mean([marks[place] for place in places])[0]
             f1s.append(_retrieval([pairs[place] for place in places])["f1"])
-            details[f"f1_{name}"] = f1s[-1]
+            details[f"f1 {name}"] = f1s[-1]
         details["f1_mean"] = math.fsum(f1s) / len(f1s)
     return Summary(score, stderr, _PERCENT * score, len(marks), details)
 
@@ -79,8 +80,9 @@ def summarise_mme(questions: Sequence[Question], answers: Sequence[str], marks: 
 
     accuracy+ is the share of pictures of which both questions were answered right (arXiv 2306.13394, section
     2.1; eval_tool/calculation.py, which pairs the lines of a file two by two). Two questions belong together
-    by `group`, else by picture, else as they follow each other in their category. `raw` is the sum (2800 of
-    all fourteen categories) and `score` the same over 200 for each category that is there.
+    by `group`, else by picture, else as they follow each other in their category. `raw` is the sum,
+    `score` the same over 2800, also where some of the fourteen categories are missing; of categories that are
+    not the authors', or of none, over 200 for each.
 
     The standard error takes pictures as independent: of v = (accuracy + accuracy+)/200 of a picture, the
     variance of the mean within each category, summed over categories. `counted` is pictures.
@@ -102,7 +104,20 @@ def summarise_mme(questions: Sequence[Question], answers: Sequence[str], marks: 
     raw = math.fsum(points.values())
     stderr = math.sqrt(math.fsum(error**2 for _, error in means.values())) / len(means)
     counted = sum(len(values) for values in found.values())
-    return Summary(raw / (_FULL * len(points)), stderr, raw, counted, points | _sums(points))
+    share = _share(points)
+    details = _sums(points) | {f"category {category}": value for category, value in points.items()}
+    return Summary(share * raw / (_FULL * len(points)), share * stderr, raw, counted, details)
+
+
+def chance_mme(questions: Sequence[Question]) -> float:
+    """Score of guessing: half of the questions, a quarter of the pictures."""
+    return 0.375 * _share({question.category or "other": 0.0 for question in questions})
+
+
+def _share(points: dict[str, float]) -> float:
+    """What part of MME the categories are: the authors' fourteen are all of it, of others nobody knows."""
+    official = all(category.lower() in PERCEPTION + COGNITION for category in points)
+    return len(points) / _CATEGORIES if official else 1.0
 
 
 def _sums(points: dict[str, float]) -> dict[str, float]:
@@ -146,6 +161,6 @@ def _retrieval(pairs: Sequence[tuple[str, bool]]) -> dict[str, float]:
 
 def _truth(question: Question) -> str:
     truth = question.answers[0].strip().lower()
-    if truth not in ("yes", "no"):
-        raise UserError(f"item {question.id}: answers={question.answers[0]!r} must be yes or no")
+    if truth not in ("yes", "no") or len(question.answers) > 1:
+        raise UserError(f"item {question.id}: answers={list(question.answers)} must be yes or no")
     return truth
