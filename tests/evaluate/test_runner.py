@@ -28,8 +28,8 @@ ROW = (
     "run_id cell_id cohort_id sweep seed llm_name n_total n_nonembed vision_tower tower_flops compressor "
     "compressor_params compressor_flops query_pass_flops reducer tokens_per_layer kv_bytes visual_tokens "
     "text_tokens_mean gen_tokens_mean image_size data_mix data_samples stage_steps lr train_flops "
-    "infer_flops latency_ms device dtype task task_group split prompt_id scorer metric score_raw score stderr "
-    "n_items n_failed details chance blind_score heldout_loss wall_s vlmscale_version git_commit "
+    "infer_flops latency_ms device dtype task task_group split prompt_id scorer metric score_raw score "
+    "stderr n_items n_failed details chance blind_score heldout_loss wall_s vlmscale_version git_commit "
     "finished_at status"
 )
 

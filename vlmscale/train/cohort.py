@@ -21,18 +21,10 @@ from vlmscale.config import Cell, leaves
 from vlmscale.models.vlm import VLM
 from vlmscale.sharding import replicated
 from vlmscale.train.prepared import Prepared
-from vlmscale.train.recipe import make_objective, make_optimizer, tower_source, trained_parts, training_model
-from vlmscale.train.state import (
-    Places,
-    abstract_state,
-    first_params,
-    first_state,
-    lay_out,
-    stack_states,
-    stacked,
-    unstack_params,
-)
-from vlmscale.train.step import Knobs, Params, TrainState, make_train_step
+from vlmscale.train.program import Step, make_program
+from vlmscale.train.recipe import tower_source, trained_parts
+from vlmscale.train.state import Places, first_params, first_state, stack_states, unstack_params
+from vlmscale.train.step import Knobs, Params, TrainState
 
 _TRIALS = 3  # timed steps of each way to run cells of one shape
 
@@ -66,7 +58,7 @@ class Group:
     members: tuple[Member, ...]
     model: VLM
     places: Places
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    step: Step
     optimizer: Any
     abstract: TrainState
     knobs: Knobs
@@ -131,24 +123,13 @@ class Groups:
     def lay_out(self, indices: Sequence[int], members: Sequence[Member]) -> Group:
         """A group of these cells, without a state."""
         cell, mesh, count = members[0].cell, self.mesh, len(members)
-        model = training_model(cell, self.prepared.vocab_rows(cell), self.block_rows)
-        places = lay_out(cell, model, mesh, self.host_tower(cell))
-        optimizer = make_optimizer(cell.train)
-        one = make_train_step(
-            make_objective(cell, model), optimizer, trained_parts(cell), cell.train.accumulate
-        )
-        abstract = stacked(abstract_state(optimizer, places.trained, mesh), count)
-        where = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        step = jax.jit(
-            jax.vmap(one, in_axes=(0, None, None, 0)) if count > 1 else one,
-            donate_argnums=0,
-            out_shardings=(where, replicated(mesh)),
-        )
+        vocab = self.prepared.vocab_rows(cell)
+        program = make_program(cell, vocab, mesh, self.host_tower(cell), self.block_rows, count)
         rates: Any = np.array([member.cell.train.learning_rate for member in members], np.float32)
         seeds: Any = np.array([member.cell.train.seed for member in members], np.uint32)
         knobs = Knobs(rates, seeds) if count > 1 else Knobs(rates[0], seeds[0])
         placed: Knobs = jax.device_put(knobs, replicated(mesh))
-        return Group(tuple(indices), tuple(members), model, places, step, optimizer, abstract, placed)
+        return Group(tuple(indices), tuple(members), *program, placed)
 
     @property
     def shared_tower(self) -> Params | None:

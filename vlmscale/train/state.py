@@ -67,7 +67,8 @@ def shapes_of_batch(model: VLM) -> dict[str, Any]:
 
 def boxed_params(model: VLM) -> Params:
     """Shapes and logical axes of decoder and compressor."""
-    model, batch = model.clone(block_rows=1), shapes_of_batch(model)
+    # Attention has no parameters, and its kernels ask for the devices that they are compiled for.
+    model, batch = model.clone(block_rows=1, attention="xla"), shapes_of_batch(model)
 
     def inputs(batch: dict[str, Any]) -> Any:
         return model_inputs(batch)
