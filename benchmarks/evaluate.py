@@ -6,7 +6,8 @@
 One run with random weights (a single training step), exported as a Hugging Face LLaVA: the same weights in
 both. Theirs is transformers' LlavaForConditionalGeneration in PyTorch, a picture and a prompt a call
 (llava/eval/model_vqa_loader.py); ours is `vlmscale evaluate`'s own path. Both read and prepare pictures from
-files, run the tower, generate greedily and decode. Loading and compilation are left out: each is warmed up.
+files, run the tower, generate greedily `--new` tokens and decode them. Loading and compilation are left out:
+each is warmed up.
 `same` is how many answers agree, `ratio` theirs over ours in items a second.
 """
 
@@ -86,7 +87,7 @@ def pooled(visual_tokens: int) -> Any:
     return pool
 
 
-def theirs(model: Any, processor: Any, stops: list[int], items: list[Item], new: int) -> list[str]:
+def theirs(model: Any, processor: Any, items: list[Item], new: int) -> list[str]:
     """All answers, one item a call."""
     texts = []
     for item in items:
@@ -94,7 +95,12 @@ def theirs(model: Any, processor: Any, stops: list[int], items: list[Item], new:
         inputs = processor(images=Image.open(item.files[0]).convert("RGB"), text=prompt, return_tensors="pt")
         with torch.inference_mode():
             out = model.generate(
-                **inputs, do_sample=False, max_new_tokens=new, eos_token_id=stops, pad_token_id=0
+                **inputs,
+                do_sample=False,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                eos_token_id=None,
+                pad_token_id=0,
             )
         behind = out[0, inputs["input_ids"].shape[1] :]
         texts.append(processor.decode(behind, skip_special_tokens=True).strip())
@@ -109,7 +115,7 @@ def main() -> None:
     parser.add_argument("--llm", default="smollm2-135m")
     parser.add_argument("--visual-tokens", type=int, default=16)
     parser.add_argument("--text", type=int, default=40, help="text tokens of a prompt")
-    parser.add_argument("--new", type=int, default=32, help="tokens generated, at most")
+    parser.add_argument("--new", type=int, default=32, help="tokens of every answer")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--items", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
@@ -122,14 +128,16 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(exported, backend="pil")
         model = LlavaForConditionalGeneration.from_pretrained(exported, dtype=torch.float32).eval()
         model.model.multi_modal_projector.register_forward_pre_hook(pooled(options.visual_tokens))
-        stops = list(run.prepared.template.stop_ids)
+        run.prepared.template.__dict__[
+            "stop_ids"
+        ] = ()  # answers of full length, as random weights may end early
         said: dict[str, list[str]] = {}
 
         def our() -> None:
             said["ours"] = ours(run, items, folder, options.new)
 
         def their() -> None:
-            said["theirs"] = theirs(model, processor, stops, items, options.new)
+            said["theirs"] = theirs(model, processor, items, options.new)
 
         seconds = peer.in_turn({"ours": our, "theirs": their}, options.repeats)
         same = np.mean([a == b for a, b in zip(said["ours"], said["theirs"], strict=True)])
