@@ -1,0 +1,1 @@
+"""Planning: what training and answering take on machines that are not here. Above `train` and `evaluate`."""
