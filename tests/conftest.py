@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -62,6 +63,14 @@ def random_params() -> Callable[..., Any]:
         return jax.tree_util.tree_map_with_path(draw, shapes)
 
     return make
+
+
+@pytest.fixture
+def libtpu() -> None:
+    """The TPU compiler; where it is not installed the test is skipped, but fails in CI, which installs it."""
+    if importlib.util.find_spec("libtpu") is None:
+        refuse = pytest.fail if os.environ.get("CI") == "true" else pytest.skip
+        refuse("needs libtpu: install vlmscale[tpu]")
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -94,7 +93,7 @@ with jax.set_mesh(mesh):
 
 
 @pytest.mark.aot
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: install vlmscale[tpu]")
+@pytest.mark.usefixtures("libtpu")
 @pytest.mark.parametrize(
     "program, kernels",
     [

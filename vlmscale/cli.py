@@ -16,6 +16,7 @@ from typing import Any
 from vlmscale import __version__
 from vlmscale.cli_data import add_data
 from vlmscale.cli_evaluate import DTYPES, add_distributed, add_evaluate
+from vlmscale.cli_plan import add_plan
 from vlmscale.errors import EXIT_AGAIN, EXIT_USER, UserError, disk_fault
 from vlmscale.terminal import add_command, progress_bar, tell
 
@@ -114,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(takes_config=True)
 
     add_evaluate(commands)
+    add_plan(commands)
     _add_convert(commands)
     add_data(commands)
     _add_sweep(commands)

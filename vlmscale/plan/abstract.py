@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +12,18 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from vlmscale.compressors import COMPRESSORS
 from vlmscale.compressors.features import abstract_features
 from vlmscale.config import Cell
-from vlmscale.models.sizes import TOWERS
+from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.models.vlm import VLM
 from vlmscale.plan.slices import Slice
 from vlmscale.sharding import AXES, replicated
 from vlmscale.train.step import Knobs, needs_of_model
 
 Arrays = dict[str, Any]
+
+
+def vocab_rows(cell: Cell) -> int:
+    """Rows of a cell's embedding table: of its LLM, or of the tokenizer that would be trained."""
+    return SIZES[cell.llm.name].vocab_size if cell.data.tokenizer else cell.data.vocab_size
 
 
 def topology_mesh(place: Slice, data: int, fsdp: int, tensor: int) -> Mesh:
@@ -29,7 +34,9 @@ def topology_mesh(place: Slice, data: int, fsdp: int, tensor: int) -> Mesh:
     """
     from jax.experimental import topologies
 
-    one = {"chips_per_host_bounds": (1,) * (place.topology.count("x") + 1)} if place.chips == 1 else {}
+    one: dict[str, Any] = (
+        {"chips_per_host_bounds": (1,) * (place.topology.count("x") + 1)} if place.chips == 1 else {}
+    )
     name = f"{place.generation.libtpu}:{place.topology}"
     if place.generation.libtpu == "v4":
         one["chip_config_name"] = "megacore"  # a chip is a device
@@ -70,11 +77,14 @@ def abstract_batch(cell: Cell, model: VLM, mesh: Mesh, row_length: int) -> Array
         return batch | {"pixels": array(jnp.uint8, size, side, side, 3)}
     given = abstract_features(tower, needs_of_model(model))._asdict()
     return batch | {
-        name: array(model.dtype, size, *x.shape[1:]) for name, x in given.items() if x is not None and x.ndim > 1
+        name: array(model.dtype, size, *x.shape[1:])
+        for name, x in given.items()
+        if x is not None and x.ndim > 1
     }
 
 
 def abstract_knobs(mesh: Mesh) -> Knobs:
     """Learning rate and seed of one cell."""
     kinds: Any = (jnp.float32, jnp.uint32)
-    return Knobs(*(jax.ShapeDtypeStruct((), kind, sharding=replicated(mesh)) for kind in kinds))
+    rate, seed = (jax.ShapeDtypeStruct((), kind, sharding=replicated(mesh)) for kind in kinds)
+    return Knobs(cast(jax.Array, rate), cast(jax.Array, seed))

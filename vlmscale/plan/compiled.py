@@ -1,7 +1,7 @@
 """What the TPU compiler says of a cell's programs: bytes of a device, or by how much they do not fit.
 
-Each program is compiled ahead of time in a process of its own (`python -m vlmscale.plan.compiled`), for libtpu
-holds locks and logs for the life of a process, and nothing of it must reach the caller's devices.
+Each program is compiled ahead of time in a process of its own (`python -m vlmscale.plan.compiled`), for
+libtpu holds locks and logs for the life of a process, and nothing of it must reach the caller's devices.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ class Request:
             "tower": cell["tower"]["name"],
             "llm": cell["llm"]["name"],
             "compressor": cell["compressor"],
+            "vocabulary": [cell["data"][name] for name in ("tokenizer", "vocab_size", "max_text_tokens")],
             "train": {name: cell["train"][name] for name in _SHAPES},
             "evaluate": [cell["evaluate"][name] for name in ("batch_size", "max_new_tokens")],
         }
@@ -144,8 +145,7 @@ def lowered(request: Request) -> Any:
     """The program, ready to be compiled; under the mesh of the slice."""
     import jax
 
-    from vlmscale.models.sizes import SIZES
-    from vlmscale.plan.abstract import abstract_batch, abstract_knobs, topology_mesh
+    from vlmscale.plan.abstract import abstract_batch, abstract_knobs, topology_mesh, vocab_rows
     from vlmscale.train.program import make_program
 
     place, cell = find_slice(request.topology), request.cell
@@ -156,7 +156,7 @@ def lowered(request: Request) -> Any:
         from vlmscale.models.sizes import TOWERS
 
         tower = abstract_tower_params(TOWERS[cell.tower.name])
-    program = make_program(cell, SIZES[cell.llm.name].vocab_size, mesh, tower)
+    program = make_program(cell, vocab_rows(cell), mesh, tower)
     batch = abstract_batch(cell, program.model, mesh, request.row_length)
     with jax.set_mesh(mesh):
         return program.step.lower(program.abstract, program.places.frozen, batch, abstract_knobs(mesh))

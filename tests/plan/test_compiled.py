@@ -1,0 +1,118 @@
+"""The TPU compiler's word on real cells, on a machine that has no TPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vlmscale.cli import main
+from vlmscale.plan import compiled
+from vlmscale.plan.compiled import Compiled, Request, compile_request
+
+GIB = 2**30
+REAL = "configs/llava_finetune.py:qwen1.5-1.8b,144,tokenpacker"
+SMALL = ["configs/scenes_tiny.py:toy-375k,16", "--config.train.batch_size=64"]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "vlmscale" / "plans"
+
+
+@pytest.mark.aot
+@pytest.mark.usefixtures("libtpu")
+def test_a_small_cell_is_compiled_once(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["plan", *SMALL, "--topology", "v5e-8", "--json"]
+    assert main(words) == 0
+    [row] = json.loads(capsys.readouterr().out)["plans"]
+    assert row["fits"]
+    assert (row["mesh"], row["limit_gib"]) == ([8, 1, 1], 16)
+    assert 0 < row["used_gib"] < 1
+    assert len(list(cache.glob("*.json"))) == 1
+    monkeypatch.setattr(compiled.subprocess, "run", None)  # what is asked again is known
+    assert main([*words, "--config.train.seed=3"]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"][0]["used_gib"] == row["used_gib"]
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.usefixtures("libtpu")
+def test_a_real_cell_fits_and_one_too_large_is_refused_with_the_compilers_figure(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """LLaVA's second stage of 1.8B: splash attention, weights and moments over 16 chips; not on one."""
+    words = ["plan", REAL, "--json"]
+    assert main([*words, "--topology", "v5e-16", "--config.mesh.fsdp=16"]) == 0
+    [row] = json.loads(capsys.readouterr().out)["plans"]
+    assert row["fits"]
+    assert row["changes"] == ["train.attention=splash"]
+    # The state alone is 12 bytes of each of 1.84e9 parameters.
+    assert 1.84e9 * 12 / 16 / GIB < row["used_gib"] < 16
+    assert main([*words, "--topology", "v5e-1", "--config.train.batch_size=1"]) == 2
+    out, err = capsys.readouterr()
+    [row] = json.loads(out)["plans"]
+    assert not row["fits"]
+    assert row["used_gib"] > row["limit_gib"] > 15
+    assert "not all fit" in err
+
+
+def test_without_the_compiler_it_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled.util, "find_spec", lambda name: None)
+    assert main(["plan", *SMALL, "--topology", "v5e-8"]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.endswith("pip install 'vlmscale[tpu]'")
+    assert "\n" not in err
+
+
+def test_what_the_compiler_says_of_too_little_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = (
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded ..."
+    )
+
+    class Program:
+        def compile(self) -> None:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(compiled, "lowered", lambda request: Program())
+    request = Request("train", compiled.from_dict(_cell()), "v5e-8", (8, 1, 1), 128)
+    found = compiled.measure(request, compiled.find_slice("v5e-8"))
+    assert (found.needed, found.limit, found.fits) == (round(20.5 * GIB), round(15.75 * GIB), False)
+    said = "INTERNAL: something else"
+    with pytest.raises(RuntimeError, match="something else"):
+        compiled.measure(request, compiled.find_slice("v5e-8"))
+
+
+def _cell() -> dict[str, object]:
+    from vlmscale.config import Cell, to_dict
+
+    return to_dict(Cell())
+
+
+@pytest.mark.parametrize("code, kind", [(2, "UserError"), (1, "RuntimeError")])
+def test_a_compilation_that_fails(
+    code: int, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Done:
+        returncode, stdout, stderr = code, "", "Traceback\nthe last line"
+
+    monkeypatch.setattr(compiled.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(compiled.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(compiled.subprocess, "run", lambda *words, **options: Done)
+    request = Request("train", compiled.from_dict(_cell()), "v5e-8", (8, 1, 1), 128)
+    with pytest.raises(Exception, match="the last line") as caught:
+        compile_request(request, tmp_path / "cache")
+    assert type(caught.value).__name__ == kind
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_sum_decides() -> None:
+    assert Compiled(1, 1, 1, 1, 4, 4, 0.0).fits
+    assert not Compiled(1, 1, 1, 1, 5, 4, 0.0).fits

@@ -1,0 +1,56 @@
+"""Names of TPU slices: what they are, and what is said of those that are none."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from vlmscale.cost.peak import peak_flops
+from vlmscale.errors import UserError
+from vlmscale.plan.slices import GENERATIONS, find_slice
+
+
+@pytest.mark.parametrize(
+    "name, topology, chips, devices, hosts",
+    [
+        ("v5e-256", "16x16", 256, 256, 64),
+        ("v5litepod-16", "4x4", 16, 16, 4),
+        ("v6e-64", "8x8", 64, 64, 16),
+        ("v6e-1", "1x1", 1, 1, 1),
+        # Numbers that count cores.
+        ("v4-16", "2x2x2", 8, 8, 2),
+        ("v5p-1024", "8x8x8", 512, 512, 128),
+        ("7x-32", "2x2x4", 16, 32, 4),
+        ("tpu7x-8", "2x2x1", 4, 8, 1),
+    ],
+)
+def test_a_slice(name: str, topology: str, chips: int, devices: int, hosts: int) -> None:
+    """As xpk's table of accelerator types has them."""
+    found = find_slice(name)
+    assert (found.topology, found.chips, found.devices, found.hosts) == (topology, chips, devices, hosts)
+
+
+def test_every_slice_has_the_chips_of_its_name() -> None:
+    for name, generation in GENERATIONS.items():
+        for number in generation.slices:
+            assert find_slice(f"{name}-{number}").chips == number / (2 if generation.cores else 1)
+        assert peak_flops(generation.kind, "bfloat16") is not None
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("v5e-17", "v5e has 1, 4, 8, 16, 32, 64, 128, 256 chips"),
+        ("v4-4", "v4 has 8, 16,"),
+        ("v4-4", "cores"),
+        ("v5f-8", "did you mean v5"),
+        ("a100-8", "there are v4-N, v5e-N, v5p-N, v6e-N, 7x-N"),
+        ("v5e", "no such slice"),
+        ("", "no such slice"),
+    ],
+)
+def test_what_is_no_slice(name: str, told: str) -> None:
+    with pytest.raises(UserError, match=re.escape(told)) as caught:
+        find_slice(name)
+    assert "\n" not in str(caught.value)
