@@ -72,10 +72,18 @@ def test_without_the_compiler_it_is_one_line(
     assert "\n" not in err
 
 
-def test_what_the_compiler_says_of_too_little_memory_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = (
-        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded ..."
-    )
+@pytest.mark.parametrize(
+    "told",
+    [
+        "Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded hbm capacity by 4.75G.",
+        "Ran out of memory on HBM, the total memory required for HLO temporaries (20.50G) exceeds available "
+        "HBM (15.75G).",
+    ],
+)
+def test_what_the_compiler_says_of_too_little_memory_is_read(
+    told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = f"RESOURCE_EXHAUSTED: {told}"
 
     class Program:
         def compile(self) -> None:

@@ -34,9 +34,7 @@ def topology_mesh(place: Slice, data: int, fsdp: int, tensor: int) -> Mesh:
     """
     from jax.experimental import topologies
 
-    one: dict[str, Any] = (
-        {"chips_per_host_bounds": (1,) * (place.topology.count("x") + 1)} if place.chips == 1 else {}
-    )
+    one: dict[str, Any] = {"chips_per_host_bounds": (1, 1, 1)} if place.chips == 1 else {}
     name = f"{place.generation.libtpu}:{place.topology}"
     if place.generation.libtpu == "v4":
         one["chip_config_name"] = "megacore"  # a chip is a device

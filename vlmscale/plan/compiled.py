@@ -32,7 +32,10 @@ _QUIET = {  # the first two keep libtpu from asking a metadata server; the third
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "",
 }
-_OVER = re.compile(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT]) hbm")
+# What the compiler says, in one of two ways, of a program that is too large.
+_OVER = re.compile(
+    r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
+)
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
