@@ -34,7 +34,7 @@ def add_plan(commands: Any) -> None:
 
 def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing runs, and a device must not be taken for it
-    from vlmscale.loading import load_cell, load_sweep
+    from vlmscale.loading import find_config, load_cell, load_sweep
     from vlmscale.plan.compiled import needs_libtpu
     from vlmscale.plan.slices import find_slice
     from vlmscale.plan.table import plan, read_prices, show, to_json
@@ -43,8 +43,8 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         find_slice(name)
     needs_libtpu()
     prices = read_prices(arguments.prices) if arguments.prices else {}
-    path = arguments.what.partition(":")[0]
-    if "sweeps" in Path(path).parts:
+    path = find_config(arguments.what.partition(":")[0])
+    if "def get_sweep(" in path.read_text(encoding="utf-8"):
         found = load_sweep(arguments.what, overrides).cells
     else:
         found = [load_cell(arguments.what, overrides)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlmscale.cli import main
-from vlmscale.plan import compiled
+from vlmscale.plan import compiled, table
 from vlmscale.plan.compiled import Compiled, Request, compile_request
 
 GIB = 2**30
@@ -124,3 +124,35 @@ def test_a_compilation_that_fails(
 def test_the_sum_decides() -> None:
     assert Compiled(1, 1, 1, 1, 4, 4, 0.0).fits
     assert not Compiled(1, 1, 1, 1, 5, 4, 0.0).fits
+
+
+def test_every_cell_of_a_sweep_has_its_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cells of one shape ask the compiler for one program."""
+    asked = []
+
+    def answer(request: Request, cache: Path) -> Compiled:
+        asked.append(request.key())
+        return Compiled(0, 0, 0, 0, GIB, 16 * GIB, 1.0)
+
+    monkeypatch.setattr(compiled.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(compiled.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(table, "compile_request", answer)
+    sweep = tmp_path / "mine.py"
+    sweep.write_text(
+        "from dataclasses import replace\n"
+        "from vlmscale.config import Sweep\n"
+        "from vlmscale.loading import load_cell\n"
+        "def get_sweep(overrides=()):\n"
+        "    cell = load_cell('configs/scenes_tiny.py:toy-14k,4', overrides)\n"
+        "    other = replace(cell, train=replace(cell.train, seed=1))\n"
+        "    return Sweep('mine', [cell, other])\n"
+    )
+    words = ["plan", str(sweep), "--topology", "v5e-8", "--topology", "v6e-8", "--json"]
+    assert main(words) == 0
+    rows = json.loads(capsys.readouterr().out)["plans"]
+    assert [row["topology"] for row in rows] == ["v5e-8", "v6e-8"] * 2
+    assert len(asked) == 4
+    assert len(set(asked)) == 2
+    assert main(["plan", str(tmp_path / "none.py"), "--topology", "v5e-8"]) == 2
