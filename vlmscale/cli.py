@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"vlmscale {arguments.command}: takes no {overrides[0]}", file=sys.stderr)
         return EXIT_USER
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if only_cpu_here():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if not getattr(arguments, "distributed", ""):
         return _run(arguments, overrides)
     try:
@@ -50,6 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         leave(code)
     return code
+
+
+def only_cpu_here(devices: Path = Path("/dev")) -> bool:
+    """Whether libtpu is installed, as for `vlmscale plan`, on a machine that has neither a TPU nor a GPU.
+
+    There jax would look for a TPU, which takes seconds and ends in a complaint.
+    """
+    kinds = ("accel*", "vfio/[0-9]*", "nvidia[0-9]*", "kfd")
+    return find_spec("libtpu") is not None and not any(any(devices.glob(kind)) for kind in kinds)
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:

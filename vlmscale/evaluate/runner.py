@@ -219,7 +219,7 @@ def _file_failures(path: Path, passes: Collection[tuple[str, int]], failures: Fa
     """Write which items were not answered and why; those of other passes stay."""
     file = path / FAILURES
     lines = read_rows(file) if file.exists() else []
-    lines = [line for line in lines if (line["task"], line["visual_tokens"]) not in passes]
+    lines = [line for line in lines if (line.get("task"), line.get("visual_tokens")) not in passes]
     lines += [
         {"task": task, "visual_tokens": count, "id": name, "reason": why}
         for (task, count, name), why in failures.items()
