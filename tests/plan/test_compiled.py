@@ -90,7 +90,7 @@ def test_what_the_compiler_says_of_too_little_memory_is_read(
             raise RuntimeError(said)
 
     monkeypatch.setattr(compiled, "lowered", lambda request: Program())
-    request = Request("train", compiled.from_dict(_cell()), "v5e-8", (8, 1, 1), 128)
+    request = Request(compiled.from_dict(_cell()), "v5e-8", (8, 1, 1), 128)
     found = compiled.measure(request, compiled.find_slice("v5e-8"))
     assert (found.needed, found.limit, found.fits) == (round(20.5 * GIB), round(15.75 * GIB), False)
     said = "INTERNAL: something else"
@@ -114,7 +114,7 @@ def test_a_compilation_that_fails(
     monkeypatch.setattr(compiled.util, "find_spec", lambda name: True)
     monkeypatch.setattr(compiled.metadata, "version", lambda name: "1")
     monkeypatch.setattr(compiled.subprocess, "run", lambda *words, **options: Done)
-    request = Request("train", compiled.from_dict(_cell()), "v5e-8", (8, 1, 1), 128)
+    request = Request(compiled.from_dict(_cell()), "v5e-8", (8, 1, 1), 128)
     with pytest.raises(Exception, match="the last line") as caught:
         compile_request(request, tmp_path / "cache")
     assert type(caught.value).__name__ == kind

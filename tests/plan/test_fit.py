@@ -102,7 +102,7 @@ def test_what_fits_nowhere_is_told_at_its_nearest() -> None:
 
 
 def test_programs_of_one_shape_have_one_key() -> None:
-    one = Request("train", cell_of(), "v5e-16", (16, 1, 1), 2048)
+    one = Request(cell_of(), "v5e-16", (16, 1, 1), 2048)
     other = replace(one.cell, train=replace(one.cell.train, seed=5, learning_rate=0.1, steps=7))
     assert replace(one, cell=other).key() == one.key()
     for changed in (

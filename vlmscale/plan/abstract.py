@@ -6,16 +6,15 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmscale.compressors import COMPRESSORS
-from vlmscale.compressors.features import abstract_features
+from vlmscale.compressors.features import abstract_features, abstract_tower_params
 from vlmscale.config import Cell
 from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.models.vlm import VLM
 from vlmscale.plan.slices import Slice
-from vlmscale.sharding import AXES, replicated
+from vlmscale.sharding import make_mesh, replicated
 from vlmscale.train.step import Knobs, needs_of_model
 
 Arrays = dict[str, Any]
@@ -26,11 +25,16 @@ def vocab_rows(cell: Cell) -> int:
     return SIZES[cell.llm.name].vocab_size if cell.data.tokenizer else cell.data.vocab_size
 
 
+def abstract_tower(cell: Cell) -> Arrays | None:
+    """Shapes of the tower's parameters where a step computes with it."""
+    return abstract_tower_params(TOWERS[cell.tower.name]) if cell.train.tower_rate else None
+
+
 def topology_mesh(place: Slice, data: int, fsdp: int, tensor: int) -> Mesh:
     """A mesh over the devices of a slice, as libtpu describes them.
 
     Raises:
-      ValueError: the three do not multiply to its devices.
+      UserError: the three do not multiply to its devices.
     """
     from jax.experimental import topologies
 
@@ -39,8 +43,7 @@ def topology_mesh(place: Slice, data: int, fsdp: int, tensor: int) -> Mesh:
     if place.generation.libtpu == "v4":
         one["chip_config_name"] = "megacore"  # a chip is a device
     devices = topologies.get_topology_desc(name, "tpu", **one).devices
-    shape = (data, fsdp, tensor)
-    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * 3)
+    return make_mesh(data, fsdp, tensor, devices)  # in the order that training would have
 
 
 def abstract_batch(cell: Cell, model: VLM, mesh: Mesh, row_length: int) -> Arrays:

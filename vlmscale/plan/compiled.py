@@ -13,8 +13,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -69,14 +68,12 @@ class Request:
     """What is to be compiled.
 
     Attributes:
-      program: "train", "generate" or "tower".
-      cell: its config.
+      cell: its config; of it the training step.
       topology: name of the slice.
       mesh: data, fsdp, tensor.
       row_length: positions of a training row.
     """
 
-    program: str
     cell: Cell
     topology: str
     mesh: tuple[int, int, int]
@@ -94,7 +91,7 @@ class Request:
             "evaluate": [cell["evaluate"][name] for name in ("batch_size", "max_new_tokens")],
         }
         versions = [metadata.version(name) for name in ("jax", "libtpu", "flax")]
-        parts = [self.program, shape, self.topology, self.mesh, self.row_length, versions]
+        parts = [shape, self.topology, self.mesh, self.row_length, versions]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -137,7 +134,7 @@ def compile_request(request: Request, cache: Path) -> Compiled:
     if done.returncode == 2:
         raise UserError(done.stderr.strip().splitlines()[-1])
     if done.returncode:
-        raise RuntimeError(f"compiling {request.program} for {request.topology}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"compiling for {request.topology}: {done.stderr[-2000:]}")
     found = Compiled(**json.loads(done.stdout.splitlines()[-1]))
     cache.mkdir(parents=True, exist_ok=True)
     write_json(path, {"request": told, "compiled": asdict(found)})
@@ -148,18 +145,18 @@ def lowered(request: Request) -> Any:
     """The program, ready to be compiled; under the mesh of the slice."""
     import jax
 
-    from vlmscale.plan.abstract import abstract_batch, abstract_knobs, topology_mesh, vocab_rows
+    from vlmscale.plan.abstract import (
+        abstract_batch,
+        abstract_knobs,
+        abstract_tower,
+        topology_mesh,
+        vocab_rows,
+    )
     from vlmscale.train.program import make_program
 
     place, cell = find_slice(request.topology), request.cell
     mesh = topology_mesh(place, *request.mesh)
-    tower = None
-    if cell.train.tower_rate:
-        from vlmscale.compressors.features import abstract_tower_params
-        from vlmscale.models.sizes import TOWERS
-
-        tower = abstract_tower_params(TOWERS[cell.tower.name])
-    program = make_program(cell, vocab_rows(cell), mesh, tower)
+    program = make_program(cell, vocab_rows(cell), mesh, abstract_tower(cell))
     batch = abstract_batch(cell, program.model, mesh, request.row_length)
     with jax.set_mesh(mesh):
         return program.step.lower(program.abstract, program.places.frozen, batch, abstract_knobs(mesh))
@@ -186,12 +183,11 @@ def measure(request: Request, place: Slice) -> Compiled:
     )
 
 
-def main(words: Sequence[str] = ()) -> int:
+def main() -> int:
     """Answer the request on stdin with a line of JSON."""
     told = json.loads(sys.stdin.read())
     cell = from_dict(told["cell"])
-    request = Request(told["program"], cell, told["topology"], tuple(told["mesh"]), told["row_length"])
-    request = replace(request, cell=cell)
+    request = Request(cell, told["topology"], tuple(told["mesh"]), told["row_length"])
     try:
         print(json.dumps(asdict(measure(request, find_slice(request.topology)))))
     except UserError as error:

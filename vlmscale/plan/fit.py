@@ -86,7 +86,7 @@ def find_fit(cell: Cell, place: Slice, row_length: int, compile_one: Compile) ->
         dtype = "bfloat16" if cell.train.dtype == "auto" else cell.train.dtype
         train = replace(cell.train, accumulate=accumulate, attention="splash", dtype=dtype)
         changed = replace(cell, train=train)
-        request = Request("train", changed, place.name, mesh, row_length)
+        request = Request(changed, place.name, mesh, row_length)
         found, tried = compile_one(request), tried + 1
         fit = Fit(request, found, changes, tried)
         if found.fits:

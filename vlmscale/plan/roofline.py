@@ -6,7 +6,7 @@ FSDP sends. They overlap in XLA's schedule, so that none is added to another.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from vlmscale.cost.flops import decoder_flops
 from vlmscale.cost.image import Sample, sample_flops
 from vlmscale.cost.peak import peak_flops
 from vlmscale.models.sizes import SIZES
-from vlmscale.plan.abstract import vocab_rows
+from vlmscale.plan.abstract import abstract_tower, vocab_rows
 from vlmscale.plan.slices import Slice
 from vlmscale.sharding import make_mesh
 from vlmscale.train.program import make_program
@@ -60,14 +60,6 @@ def step_flops(cell: Cell, row_length: int) -> int:
     once = sample_flops(cell, vocab_rows(cell), sample)
     again = decoder_flops(size, row_length, 0) if cell.train.remat != "none" else 0.0
     return round(cell.train.batch_size * (once + again))
-
-
-def abstract_tower(cell: Cell) -> dict[str, Any] | None:
-    """Shapes of the tower's parameters where a step computes with it."""
-    from vlmscale.compressors.features import abstract_tower_params
-    from vlmscale.models.sizes import TOWERS
-
-    return abstract_tower_params(TOWERS[cell.tower.name]) if cell.train.tower_rate else None
 
 
 def step_time(cell: Cell, place: Slice, mesh: tuple[int, int, int], row_length: int, needed: int) -> StepTime:

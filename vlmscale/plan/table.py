@@ -56,11 +56,11 @@ def read_prices(path: Path) -> dict[str, float]:
       UserError: the file cannot be read, or a price is no number above 0.
     """
     prices = read_json(path)
-    for name, price in prices.items() if isinstance(prices, dict) else ():
-        if isinstance(price, bool) or not isinstance(price, int | float) or price <= 0:
-            raise UserError(f"{path}: {name}={price!r}: must be money a chip and hour, above 0")
     if not isinstance(prices, dict):
         raise UserError(f'{path}: must be an object such as {{"v5e": 1.2}}')
+    for name, price in prices.items():
+        if isinstance(price, bool) or not isinstance(price, int | float) or price <= 0:
+            raise UserError(f"{path}: {name}={price!r}: must be money a chip and hour, above 0")
     return {name: float(price) for name, price in prices.items()}
 
 
