@@ -20,6 +20,8 @@ SMALL = DecoderSize(width=24, num_layers=3, num_heads=6, num_kv_heads=2, mlp_wid
 # Exact totals published with the checkpoints (their safetensors metadata, a tied head counted once).
 PUBLISHED = {
     "qwen1.5-0.5b": 463_987_712,
+    "qwen1.5-1.8b": 1_836_828_672,
+    "qwen1.5-4b": 3_950_369_280,
     "qwen1.5-7b": 7_721_324_544,
     "qwen1.5-14b": 14_167_290_880,
     "qwen2.5-0.5b": 494_032_768,
@@ -28,6 +30,7 @@ PUBLISHED = {
     "qwen2.5-7b": 7_615_616_512,
     "qwen2.5-14b": 14_770_033_664,
     "qwen3-0.6b": 596_049_920,
+    "qwen3-1.7b": 1_720_574_976,
     "qwen3-4b": 4_022_468_096,
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
@@ -90,7 +93,14 @@ def test_tower_rows_survive_config_json_and_count_as_transformers(name: str, tmp
         kind = getattr(transformers, config["architectures"][0].replace("Model", "Config"))
         model = getattr(transformers, config["architectures"][0])(kind(**config))
     theirs = sum(p.numel() for n, p in model.named_parameters() if "post_layernorm" not in n)
-    assert tree.count(nn.meta.unbox(abstract_tower(size, (size.num_layers,)))) == theirs
+    assert size.num_params(size.num_layers) == theirs
+
+
+@pytest.mark.parametrize("size", TOWERS.values(), ids=TOWERS)
+def test_tower_counts_are_those_of_the_module(size: TowerSize) -> None:
+    for layer in (0, size.select_layer, size.num_layers):
+        assert size.num_params(layer) == tree.count(nn.meta.unbox(abstract_tower(size, (layer,))))
+    assert size.num_params() == size.num_params(size.select_layer)
 
 
 @pytest.mark.parametrize("size", TOWERS.values(), ids=TOWERS)

@@ -1,7 +1,7 @@
 """FLOPs of a function by reading its jaxpr: two per multiply-add of every matrix product and convolution.
 
-Elementwise work, norms and softmax are not counted, as in `vlmscale.cost.flops`. Nothing is computed, so that
-arguments may be `jax.ShapeDtypeStruct`.
+Elementwise work, norms and softmax are not counted, as in `vlmscale.cost.flops`. What no result needs is not
+either, for compilers leave it out. Nothing is computed, so that arguments may be `jax.ShapeDtypeStruct`.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.extend.core import Jaxpr, jaxprs_in_params
+from jax.interpreters.partial_eval import dce_jaxpr
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
@@ -24,7 +25,9 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
     Raises:
       ValueError: it has a loop whose length is only known when it runs.
     """
-    return _count(jax.make_jaxpr(function)(*arguments).jaxpr)
+    jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
+    read, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(read)
 
 
 def _count(jaxpr: Jaxpr) -> int:

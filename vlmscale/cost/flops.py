@@ -8,12 +8,31 @@ from __future__ import annotations
 from vlmscale.models.sizes import DecoderSize
 
 
-def decoder_flops(size: DecoderSize, new_tokens: float, context: float) -> float:
-    """Forward FLOPs of `new_tokens` behind `context` tokens, without the head; causal attention."""
+def decoder_flops(size: DecoderSize, new_tokens: float, context: float, *, causal: bool = True) -> float:
+    """Forward FLOPs of `new_tokens` behind `context` tokens, without the head.
+
+    Args:
+      size: of the decoder.
+      new_tokens: that run.
+      context: tokens in the cache.
+      causal: counts of the scores those that a token may see alone, the useful half; False all of them, as
+        the attention backend "xla" multiplies them.
+    """
+    return size.num_layers * (
+        linear_flops(size, new_tokens) + 2 * score_flops(size, new_tokens, context, causal)
+    )
+
+
+def linear_flops(size: DecoderSize, tokens: float) -> float:
+    """One layer's seven products with weights."""
     q_width, kv_width = size.num_heads * size.head_dim, size.num_kv_heads * size.head_dim
-    per_token = 2 * (2 * size.width * (q_width + kv_width) + 3 * size.width * size.mlp_width)
-    seen = context * new_tokens + new_tokens * (new_tokens + 1) / 2
-    return size.num_layers * (per_token * new_tokens + 4 * q_width * seen)
+    return tokens * 2 * (2 * size.width * (q_width + kv_width) + 3 * size.width * size.mlp_width)
+
+
+def score_flops(size: DecoderSize, new_tokens: float, context: float, causal: bool) -> float:
+    """One layer's product of queries and keys; that of probabilities and values costs the same."""
+    behind = (new_tokens + 1) / 2 if causal else new_tokens
+    return 2 * size.num_heads * size.head_dim * new_tokens * (context + behind)
 
 
 def head_flops(size: DecoderSize, vocab_size: int, positions: float) -> float:
@@ -29,3 +48,34 @@ def inference_flops(size: DecoderSize, vocab_size: int, prompt: float, generated
     fed_back = max(generated - 1, 0)
     layers = decoder_flops(size, prompt, 0) + decoder_flops(size, fed_back, prompt)
     return layers + head_flops(size, vocab_size, generated)
+
+
+def decoder_step_flops(
+    size: DecoderSize, length: float, remat: str = "none", *, trained: bool = True, causal: bool = True
+) -> float:
+    """FLOPs of the layers for one row of a training step: forward, backward, and what is computed again.
+
+    A product with a weight has one more for the gradient of its input, and another for the weight's where it
+    trains. Both products of attention have two more in any case, since both of their factors are activations.
+    Computed again are, under "dots", the scores, and where the output projection trains, its input; under
+    "block" everything but the last product, whose result no gradient reads.
+
+    Args:
+      size: of the decoder.
+      length: positions of the row.
+      remat: the policy, from `vlmscale.models.decoder.REMAT`; "none" computes nothing again.
+      trained: whether the decoder trains; if not, gradients only pass through it.
+      causal: as in `decoder_flops`.
+    """
+    linear, scores = linear_flops(size, length), score_flops(size, length, 0, causal)
+    last = 2 * length * size.mlp_width * size.width
+    again = {"none": 0.0, "dots": (1 + trained) * scores, "block": linear - last + 2 * scores}
+    return size.num_layers * ((2 + trained) * linear + 6 * scores + again[remat])
+
+
+def head_step_flops(size: DecoderSize, vocab_size: int, positions: float, *, trained: bool = True) -> float:
+    """FLOPs of the loss: logits, the gradient of the hidden states, and of the table where it trains.
+
+    Logits are not computed again (`vlmscale.train.loss`).
+    """
+    return (2 + trained) * head_flops(size, vocab_size, positions)

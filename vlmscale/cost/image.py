@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from vlmscale.compressors import COMPRESSORS, make_compressor, parse_options
 from vlmscale.compressors.features import (
+    Features,
     FusionText,
     abstract_features,
     abstract_tower_params,
@@ -45,8 +47,7 @@ def image_flops(cell: Cell, visual_tokens: int, text_tokens: int, query_tokens: 
     name, text = cell.compressor.name, cell.compressor.options
     method = COMPRESSORS[name]
     needs = method.needs(TOWERS[cell.tower.name], parse_options(name, text))
-    largest = cell.compressor.visual_tokens
-    compressor = _compressor(name, text, visual_tokens, largest, cell.tower.name, cell.llm.name, text_tokens)
+    compressor = _compressor(compressor_call(cell, visual_tokens, text_tokens))
     query = flops.decoder_flops(SIZES[cell.llm.name], query_tokens, 0) if method.text == "query" else 0
     return ImageFlops(tower_flops(TOWERS[cell.tower.name], needs), compressor, round(query))
 
@@ -64,10 +65,10 @@ def sample_flops(cell: Cell, vocab_size: int, sample: Sample, visual_tokens: flo
     """FLOPs of an average training sample.
 
     Forward, and backward once for gradients of activations and once for those of parameters, each where it is
-    needed for what trains; recomputation is not counted. A frozen tower is computed once in advance
-    unless `data.features` says "computed"; no gradient flows through the pass over the question. A method
-    that trains many counts runs the LLM for each of them in every step, or for the one drawn; in the former
-    case the gradient of what the counts share is computed once for each.
+    needed for what trains; recomputation is not counted, but by `vlmscale.cost.training.step_flops`. A frozen
+    tower is computed once in advance unless `data.features` says "computed"; no gradient flows through the
+    pass over the question. A method that trains many counts runs the LLM for each of them in every step, or
+    for the one drawn; in the former case the gradient of what the counts share is computed once for each.
 
     Args:
       cell: the config.
@@ -80,15 +81,15 @@ def sample_flops(cell: Cell, vocab_size: int, sample: Sample, visual_tokens: flo
     counts: tuple[float, ...] = (largest if visual_tokens is None else visual_tokens,)
     if largest and method.nested is not None:
         counts = method.nested(largest)
-    head = flops.head_flops(size, vocab_size, sample.targets)
-    passes = [flops.decoder_flops(size, sample.text + share * count, 0) + head for count in counts]
-    decoder = sum(passes) / (1 if method.trains_all else len(passes))
-    train = cell.train
+    train, trained = cell.train, bool(cell.train.llm_rate)
     below = largest and (train.compressor_rate or train.tower_rate)  # what the decoder's gradient goes on to
-    passed = 1 + bool(train.llm_rate) + bool(train.llm_rate or below)
+    lengths = [sample.text + share * count for count in counts]
+    layers = sum(flops.decoder_step_flops(size, length, trained=trained) for length in lengths)
+    head = flops.head_step_flops(size, vocab_size, sample.targets, trained=trained)
+    decoder = (layers + len(counts) * head) / (1 if method.trains_all else len(counts))
     compressed = (bool(train.compressor_rate) + bool(below)) * (len(counts) if method.trains_all else 1)
     image = image_flops(cell, round(max(counts)), round(sample.text), sample.query)
-    return passed * decoder + share * (
+    return decoder + share * (
         (1 + compressed) * image.compressor + image.query_pass + tower_passes(cell) * image.tower
     )
 
@@ -103,45 +104,70 @@ def tower_passes(cell: Cell) -> int:
 @lru_cache(maxsize=64)
 def tower_flops(size: TowerSize, needs: frozenset[str] = frozenset()) -> int:
     """Forward FLOPs of the tower for one image: what `tower_features` runs for these needs."""
+    return count_flops(*tower_call(size, needs))
+
+
+def tower_call(size: TowerSize, needs: frozenset[str]) -> tuple[Callable[..., Any], Any, Any]:
+    """`tower_features` as a function of parameters and pixels, and their shapes for one image."""
     pixels = jax.ShapeDtypeStruct((1, size.image_size, size.image_size, 3), np.float32)
 
     def run(params: dict[str, Any], pixels: jax.Array) -> dict[str, jax.Array]:
         return tower_features(size, params, pixels, needs)
 
-    return count_flops(run, abstract_tower_params(size), pixels)
+    return run, abstract_tower_params(size), pixels
+
+
+class CompressorCall(NamedTuple):
+    """A compressor and what it is called with, for one image."""
+
+    name: str
+    options: str
+    visual_tokens: int
+    largest: int
+    tower: str
+    llm: str
+    text_tokens: int
+
+    def shapes(self) -> tuple[Callable[..., Any], Any, Features, Any]:
+        """A function of parameters, features and text, and the shapes of these three."""
+        chosen, size, decoder = parse_options(self.name, self.options), TOWERS[self.tower], SIZES[self.llm]
+        module = make_compressor(
+            self.name,
+            self.visual_tokens,
+            decoder.width,
+            chosen,
+            decoder_size=decoder,
+            tower_size=size,
+            largest=self.largest,
+        )
+        method = COMPRESSORS[self.name]
+        features = abstract_features(size, method.needs(size, chosen))
+        text: Any = None
+        call = "__call__"
+        if method.text == "query":
+            text = jax.ShapeDtypeStruct((1, 1, decoder.width), np.float32)
+        if method.text == "fusion":
+            ids: Any = jax.ShapeDtypeStruct((1, self.text_tokens), np.int32)
+            embeddings: Any = jax.ShapeDtypeStruct((1, self.text_tokens, decoder.width), np.float32)
+            readable: Any = jax.ShapeDtypeStruct(ids.shape, bool)
+            images: Any = jax.ShapeDtypeStruct((1, 1), np.int32)
+            text, call = FusionText(embeddings, readable, ids, images), "fuse"
+
+        def run(params: dict[str, Any], features: Features, text: Any) -> Any:
+            return module.apply({"params": params}, features, text, method=call)
+
+        return run, nn.meta.unbox(abstract_params(module, features, text, method=call)), features, text
+
+
+def compressor_call(cell: Cell, visual_tokens: int, text_tokens: int) -> CompressorCall:
+    """A cell's compressor at a number of visual tokens, in front of so many tokens of text."""
+    own = cell.compressor
+    return CompressorCall(
+        own.name, own.options, visual_tokens, own.visual_tokens, cell.tower.name, cell.llm.name, text_tokens
+    )
 
 
 @lru_cache(maxsize=256)
-def _compressor(
-    name: str, options: str, visual_tokens: int, largest: int, tower: str, llm: str, text_tokens: int
-) -> int:
+def _compressor(call: CompressorCall) -> int:
     """FLOPs of the module for one image, from its jaxpr."""
-    chosen, size, decoder = parse_options(name, options), TOWERS[tower], SIZES[llm]
-    module = make_compressor(
-        name,
-        visual_tokens,
-        decoder.width,
-        chosen,
-        decoder_size=decoder,
-        tower_size=size,
-        largest=largest,
-    )
-    method = COMPRESSORS[name]
-    needs = method.needs(size, chosen)
-    features = abstract_features(size, needs)
-    inputs: tuple[Any, ...] = (features, None)
-    call = "__call__"
-    if method.text == "query":
-        inputs = (features, jax.ShapeDtypeStruct((1, 1, decoder.width), np.float32))
-    if method.text == "fusion":
-        ids: Any = jax.ShapeDtypeStruct((1, text_tokens), np.int32)
-        embeddings: Any = jax.ShapeDtypeStruct((1, text_tokens, decoder.width), np.float32)
-        readable: Any = jax.ShapeDtypeStruct(ids.shape, bool)
-        images: Any = jax.ShapeDtypeStruct((1, 1), np.int32)
-        inputs, call = (features, FusionText(embeddings, readable, ids, images)), "fuse"
-
-    def run(params: dict[str, Any], *arrays: Any) -> Any:
-        return module.apply({"params": params}, *arrays, method=call)
-
-    params = nn.meta.unbox(abstract_params(module, *inputs, method=call))
-    return count_flops(run, params, *inputs)
+    return count_flops(*call.shapes())

@@ -95,6 +95,19 @@ class TowerSize:
         """Tokens in front of the patches: 1 for CLIP, else 0."""
         return 1 if self.style == "clip" else 0
 
+    def num_params(self, layer: int | None = None) -> int:
+        """Parameters up to a hidden state; the final norm and a pooling head lie behind all of them.
+
+        Args:
+          layer: which; None for the selected one.
+        """
+        width, clip = self.width, self.style == "clip"
+        block = 4 * width * (width + 1) + (2 * width + 1) * self.mlp_width + 5 * width
+        positions = (self.class_tokens + self.num_patches) * width
+        # Behind the patches' weights: the class token and a norm, or a bias.
+        embedding = 3 * self.patch_size**2 * width + (3 if clip else 1) * width + positions
+        return embedding + (self.select_layer if layer is None else layer) * block
+
 
 _qwen2 = partial(
     DecoderSize, family="qwen2", rope_theta=1e6, norm_eps=1e-6, vocab_size=151_936, context=32_768

@@ -76,13 +76,16 @@ def test_the_counter_looks_into_every_kind_of_call() -> None:
     square = shape(4, 4)
     assert count_flops(jax.jit(jax.checkpoint(product)), square) == 2 * 4**3
     assert count_flops(lambda x: jax.lax.cond(x[0, 0] > 0, product, lambda x: x, x), square) == 2 * 4**3
+    assert count_flops(lambda x: (product(x), x)[1], square) == 0  # nobody reads it
     with pytest.raises(ValueError, match="only known when it runs"):
         count_flops(lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, product, x), square)
 
 
-# One of each family, and the toys; all others are rows of the same formula.
-COUNTED = {name: size for name, size in SIZES.items() if name.startswith("toy")}
-COUNTED |= {name: SIZES[name] for name in ("qwen1.5-0.5b", "qwen3-0.6b", "smollm2-135m")} | {"small": SMALL}
+# The toys, and two layers of one row of each family; all others are rows of the same formula.
+COUNTED = {name: size for name, size in SIZES.items() if name.startswith("toy")} | {"small": SMALL}
+COUNTED |= {
+    name: replace(SIZES[name], num_layers=2) for name in ("qwen1.5-0.5b", "qwen3-0.6b", "smollm2-135m")
+}
 
 
 @pytest.mark.parametrize("size", COUNTED.values(), ids=COUNTED)
