@@ -20,7 +20,7 @@ class _Instruction(NamedTuple):
     shape: tuple[int, ...]  # () of tuples too
     operation: str
     operands: tuple[str, ...]
-    rest: str  # attributes, and of a constant its value
+    rest: str  # all that follows the operation's name: operands, or a constant's value, and attributes
 
 
 _Computation = dict[str, _Instruction]
@@ -81,9 +81,10 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             current = computations[name] = {}
         elif match := _LINE.match(line):
             name, kind, operation, rest = match.groups()
-            operands, _, rest = (rest, "", rest) if operation == "constant" else rest.partition(")")
             sides = "" if kind.startswith("(") else _one(r"\[([\d,]*)\]", kind)
-            names = tuple(part.split(" ")[-1].removeprefix("%") for part in operands.split(", "))
+            names = tuple(
+                part.split(" ")[-1].removeprefix("%") for part in rest.partition(")")[0].split(", ")
+            )
             shape = tuple(int(side) for side in sides.split(",") if side)
             current[name] = _Instruction(shape, operation, names, rest)
     return computations, entry

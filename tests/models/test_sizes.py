@@ -10,6 +10,7 @@ import torch
 import transformers
 from flax import linen as nn
 
+from vlmscale.compressors.features import abstract_tower_params
 from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize, TowerSize
 from vlmscale.weights import tree
 from vlmscale.weights.directory import abstract_decoder, abstract_tower
@@ -39,6 +40,13 @@ PUBLISHED = {
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "smollm2-1.7b": 1_711_376_384,
+}
+# The same of whole vision models, of transformers' CLIPVisionModel and SiglipVisionModel.
+PUBLISHED_TOWERS = {
+    "clip-vit-large-patch14-336": 303_507_456,
+    "clip-vit-large-patch14": 303_179_776,
+    "siglip-so400m-patch14-384": 428_225_600,
+    "siglip2-so400m-patch14-384": 428_225_600,
 }
 # What the cards of Qwen2.5 and Qwen3 call "non-embedding", in billions.
 NON_EMBEDDING = {
@@ -101,6 +109,16 @@ def test_tower_counts_are_those_of_the_module(size: TowerSize) -> None:
     for layer in (0, size.select_layer, size.num_layers):
         assert size.num_params(layer) == tree.count(nn.meta.unbox(abstract_tower(size, (layer,))))
     assert size.num_params() == size.num_params(size.select_layer)
+
+
+@pytest.mark.parametrize("name", PUBLISHED_TOWERS)
+def test_tower_counts_are_those_published(name: str) -> None:
+    size = TOWERS[name]
+    pooling = tree.count(
+        abstract_tower_params(size)["head"]
+    )  # with the final norm, which is all that CLIP has
+    behind = 2 * size.width if size.class_tokens else pooling
+    assert size.num_params(size.num_layers) + behind == PUBLISHED_TOWERS[name]
 
 
 @pytest.mark.parametrize("size", TOWERS.values(), ids=TOWERS)
