@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import runpy
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 from absl import flags
 from ml_collections import config_flags
 
-from vlmscale.config import Cell, DataConfig, Sweep, cell_id, leaves
+from vlmscale.config import Cell, DataConfig, Sweep, cell_id, leaves, to_dict
 from vlmscale.errors import UserError
 from vlmscale.validation import validate
 
@@ -137,32 +138,39 @@ def load_data(spec: str) -> DataConfig:
       UserError: the file is missing or faulty.
     """
     path, _, argument = spec.partition(":")
-    return _run_file(path, "a data definition", "get_data(arg)", argument, DataConfig)
+    return _run_file(path, "a data definition", "get_data(arg)", (argument,), DataConfig)
 
 
-def load_sweep(path: str, overrides: Sequence[str]) -> Sweep:
+def load_sweep(spec: str, overrides: Sequence[str], *, planned: bool = False) -> Sweep:
     """Read a sweep file: Python with `get_sweep(overrides) -> Sweep`.
+
+    Args:
+      spec: FILE, or FILE:ARG where its `get_sweep(overrides, arg)` takes one.
+      overrides: words `--config.KEY=VALUE`.
+      planned: nothing will run, so that files which the cells name need not be there.
 
     Raises:
       UserError: file missing or faulty, no cells, or the same cell twice.
     """
-    sweep = _run_file(path, "a sweep file", "get_sweep(overrides)", overrides, Sweep)
+    path, _, argument = spec.partition(":")
+    given = (overrides, argument) if argument else (overrides,)
+    sweep = _run_file(path, "a sweep file", "get_sweep(overrides)", given, Sweep)
     for cell in sweep.cells:
         validate(cell)
-    ids = [cell_id(cell) for cell in sweep.cells]
+    ids = [json.dumps(to_dict(cell)) if planned else cell_id(cell) for cell in sweep.cells]
     if not ids or len(set(ids)) < len(ids):
-        raise UserError(f"{path}: has {len(ids)} cells, {len(set(ids))} of them distinct")
+        raise UserError(f"{spec}: has {len(ids)} cells, {len(set(ids))} of them distinct")
     return sweep
 
 
-def _run_file(path: str, what: str, signature: str, argument: Any, kind: type[T]) -> T:
+def _run_file(path: str, what: str, signature: str, arguments: tuple[Any, ...], kind: type[T]) -> T:
     """What the function of a config file returns: it is a program of the user's, and may raise anything."""
     found, name = find_config(path), signature.partition("(")[0]
     try:
         scope = runpy.run_path(str(found))
         if name not in scope:
             raise UserError(f"{path}: {what} defines {signature}")
-        made = scope[name](argument)
+        made = scope[name](*arguments)
     except UserError:
         raise
     except Exception as error:

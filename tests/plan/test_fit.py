@@ -11,14 +11,16 @@ import pytest
 from vlmscale.config import Cell, CompressorConfig, LLMConfig, MeshConfig, TrainConfig
 from vlmscale.errors import UserError
 from vlmscale.plan import table
+from vlmscale.plan.ask import Answers
 from vlmscale.plan.compiled import Compiled, Request
-from vlmscale.plan.fit import find_fit, meshes
-from vlmscale.plan.roofline import step_flops, step_time
+from vlmscale.plan.fit import Lengths, find_fit, lengths_of, trials
+from vlmscale.plan.roofline import flops_of_step, step_time
 from vlmscale.plan.slices import find_slice
 from vlmscale.train.state import state_bytes
 
 GIB = 2**30
 PLACE = find_slice("v5e-16")
+LENGTHS = Lengths(2048, 512)
 
 
 def cell_of(llm: str = "qwen1.5-0.5b", batch: int = 128, **train: object) -> Cell:
@@ -30,85 +32,123 @@ def cell_of(llm: str = "qwen1.5-0.5b", batch: int = 128, **train: object) -> Cel
 class Compiler:
     """Says that a program needs so many bytes a device: `whole` over fsdp and tensor, and the rows' share."""
 
-    def __init__(self, whole: float, rows: float) -> None:
-        self.whole, self.rows = whole, rows
+    def __init__(self, whole: float, rows: float, kept: float = 1, state: float = 0) -> None:
+        self.whole, self.rows, self.kept, self.state = whole, rows, kept, state
         self.asked: list[tuple[tuple[int, int, int], int]] = []
 
     def __call__(self, request: Request) -> Compiled:
+        if request.program != "train":
+            return Compiled(0, 0, 0, 0, GIB, 16 * GIB, 1.0)
         data, fsdp, tensor = request.mesh
         train = request.cell.train
         self.asked.append((request.mesh, train.accumulate))
-        needed = (
-            self.whole / (fsdp * tensor) + self.rows * train.batch_size / (data * fsdp) / train.accumulate
-        )
-        return Compiled(0, 0, 0, 0, round(needed * GIB), 16 * GIB, 1.0)
+        rows = self.rows * (self.kept if train.remat != "block" else 1)
+        needed = self.whole / (fsdp * tensor) + rows * train.batch_size / (data * fsdp) / train.accumulate
+        return Compiled(round(self.state * GIB), 0, 0, 0, round(needed * GIB), 16 * GIB, 1.0)
 
 
 def test_meshes_are_tried_from_the_cheapest_on() -> None:
     """Small: all devices along data first; then split weights, then the batch in parts, then tensor."""
-    found = list(meshes(cell_of(), PLACE))
-    assert found[0] == ((16, 1, 1), 1)
-    assert found[1] == ((1, 16, 1), 1)
-    assert [parts for _, parts in found[2:5]] == [2, 4, 8]
-    assert found[5] == ((8, 1, 2), 1)
-    for (data, fsdp, tensor), parts in found:
+    found = list(trials(cell_of(), PLACE))
+    assert found[0] == ((16, 1, 1), 1, "block")
+    assert found[1] == ((1, 16, 1), 1, "block")
+    assert [trial.accumulate for trial in found[2:5]] == [2, 4, 8]
+    assert found[5] == ((8, 1, 2), 1, "block")
+    for (data, fsdp, tensor), parts, _ in found:
         assert data * fsdp * tensor == 16
         assert 128 % (data * fsdp * parts) == 0
 
 
+def test_layers_are_computed_again_before_the_batch_comes_in_parts() -> None:
+    found = [
+        (trial.accumulate, trial.remat)
+        for trial in trials(cell_of(remat="none"), PLACE)
+        if trial.mesh[2] == 1
+    ]
+    assert found[:4] == [(1, "none"), (1, "none"), (1, "block"), (2, "block")]
+    fit = find_fit(cell_of(remat="none"), PLACE, LENGTHS, Compiler(whole=20, rows=1, kept=4))
+    assert fit is not None
+    assert "train.remat=block" in fit.changes
+
+
 def test_a_large_state_is_split_from_the_start() -> None:
     cell = cell_of("qwen1.5-7b")
-    (_, fsdp, _), _ = next(iter(meshes(cell, PLACE)))
+    fsdp = next(trials(cell, PLACE)).mesh[1]
     share = state_bytes(cell, 151_936) / fsdp
-    assert share <= 0.6 * 16 * GIB < 2 * share
+    limit = 0.6 * PLACE.generation.hbm
+    assert share <= limit < 2 * share
 
 
 def test_a_batch_that_is_smaller_than_the_slice_needs_the_tensor_axis() -> None:
-    (_, _, tensor), _ = next(iter(meshes(cell_of(batch=8), PLACE)))
-    assert tensor == 2
-    assert not list(meshes(cell_of(batch=7), PLACE))
-    assert find_fit(cell_of(batch=7), PLACE, 2048, Compiler(1, 0)) is None
+    assert next(trials(cell_of(batch=8), PLACE)).mesh[2] == 2
+    assert not list(trials(cell_of(batch=7), PLACE))
+    assert find_fit(cell_of(batch=7), PLACE, LENGTHS, Compiler(1, 0)) is None
 
 
 def test_a_mesh_that_the_config_names_is_the_one() -> None:
     cell = replace(cell_of(), mesh=MeshConfig(fsdp=4, tensor=2))
-    assert {mesh for mesh, _ in meshes(cell, PLACE)} == {(2, 4, 2)}
+    assert {trial.mesh for trial in trials(cell, PLACE)} == {(2, 4, 2)}
 
 
 def test_the_first_that_fits_is_taken_and_what_changed_is_told() -> None:
     compiler = Compiler(whole=20, rows=0.5)
-    fit = find_fit(cell_of(), PLACE, 2048, compiler)
+    fit = find_fit(cell_of(), PLACE, LENGTHS, compiler)
     assert fit is not None
     assert fit.fits
-    assert fit.request.mesh == (1, 16, 1)  # 20 whole are too many, 20 / 16 + 4 fit
+    assert fit.train.request.mesh == (1, 16, 1)  # 20 whole are too many, 20 / 16 + 4 fit
     assert fit.changes == ("train.attention=splash",)
     assert fit.tried == len(compiler.asked) == 2
-    fit = find_fit(cell_of(attention="splash"), PLACE, 2048, Compiler(whole=20, rows=3))
+    fit = find_fit(cell_of(attention="splash"), PLACE, LENGTHS, Compiler(whole=20, rows=3))
     assert fit is not None
     assert fit.changes == ("train.accumulate=2",)
-    assert fit.request.cell.train.dtype == "bfloat16"
+    assert fit.train.request.cell.train.dtype == "bfloat16"
+    assert set(fit.parts) == {"train", "tower", "generate"}
+
+
+def test_what_other_programs_keep_counts() -> None:
+    """A tower that is computed in the step stays beside the state, and the state beside the tower."""
+    cell = cell_of()
+    computed = replace(cell, data=replace(cell.data, features="computed"))
+    for one, more in ((cell, 0), (computed, 1)):
+        fit = find_fit(one, PLACE, LENGTHS, Compiler(whole=1, rows=0, state=1))
+        assert fit is not None
+        assert (fit.train.beside > 0) == bool(more)
+        assert fit.parts["tower"].beside == more * GIB
+    almost = find_fit(computed, PLACE, LENGTHS, Compiler(whole=16, rows=0))
+    assert almost is not None
+    assert almost.train.request.mesh != (16, 1, 1)  # 16 GiB of 16 leave no room for the tower
 
 
 def test_what_fits_nowhere_is_told_at_its_nearest() -> None:
     compiler = Compiler(whole=1000, rows=0.5)
-    fit = find_fit(cell_of(), PLACE, 2048, compiler)
+    fit = find_fit(cell_of(), PLACE, LENGTHS, compiler)
     assert fit is not None
     assert not fit.fits
     assert fit.tried == len(compiler.asked) > 5
     needed = [
         1000 / (fsdp * tensor) + 64 / (data * fsdp) / parts for (data, fsdp, tensor), parts in compiler.asked
     ]
-    assert fit.compiled.needed == round(min(needed) * GIB)
+    assert fit.train.told.needed == round(min(needed) * GIB)
+
+
+def test_lengths() -> None:
+    cell = cell_of()
+    assert lengths_of(cell) == (384, 384)  # 256 and 16, in whole blocks of 128
+    assert lengths_of(cell, 100) == (128, 128)
+    packed = replace(cell, data=replace(cell.data, row_length=2048, max_text_tokens=2048))
+    assert lengths_of(packed, 100) == (2048, 2176)  # rows have one length, whatever the texts
+    short = replace(packed, llm=LLMConfig("toy-40k"))
+    assert lengths_of(short).prompt == 2048  # what exceeds the context is not asked
 
 
 def test_programs_of_one_shape_have_one_key() -> None:
-    one = Request(cell_of(), "v5e-16", (16, 1, 1), 2048)
+    one = Request("train", cell_of(), "v5e-16", (16, 1, 1), 2048)
     other = replace(one.cell, train=replace(one.cell.train, seed=5, learning_rate=0.1, steps=7))
     assert replace(one, cell=other).key() == one.key()
     for changed in (
         replace(one, mesh=(8, 2, 1)),
         replace(one, topology="v6e-16"),
-        replace(one, row_length=1024),
+        replace(one, length=1024),
         replace(one, cell=cell_of("qwen1.5-1.8b")),
         replace(one, cell=cell_of(remat="none")),
     ):
@@ -120,29 +160,55 @@ def test_a_step_of_twice_the_rows_takes_twice_as_long() -> None:
     assert large.flops == 2 * small.flops
     assert small.bound == "products"
     assert large.seconds == pytest.approx(2 * small.seconds)
-    assert step_flops(cell_of(remat="none"), 2048) < step_flops(cell_of(), 2048)
+    assert flops_of_step(cell_of(remat="none"), 2048) < flops_of_step(cell_of(), 2048)
     assert step_time(cell_of(), PLACE, (16, 1, 1), 2048, 16 * GIB * 1000).bound == "memory"
     split = step_time(cell_of(batch=16), PLACE, (1, 16, 1), 128, GIB)
     assert split.links > 0
 
 
-def test_hours_and_money(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "compile_request", lambda request, cache: Compiler(10, 0.5)(request))
+def test_the_tower_is_one_program_for_all_llms() -> None:
+    """Neither the LLM nor the number of tokens changes what the tower does; the outputs that are read do."""
+    cell = cell_of()
+    one = Request("tower", cell, "v5e-16", (16, 1, 1), 0)
+    other = replace(cell, llm=LLMConfig("qwen1.5-7b"), compressor=CompressorConfig("pool", 4))
+    assert replace(one, cell=other).key() == one.key()
+    levels = replace(cell, compressor=CompressorConfig("tokenpacker", 16))
+    assert replace(one, cell=levels).key() != one.key()
+    assert replace(one, program="generate").key() != one.key()
+
+
+class Stub(Answers):
+    """Answers of the stand-in."""
+
+    def __init__(self, compiler: Compiler) -> None:
+        self.compiler, self.errors = compiler, {}
+
+    def __call__(self, number: int, request: Request) -> Compiled:
+        return self.compiler(request)
+
+
+def test_hours_and_money(tmp_path: Path) -> None:
     (tmp_path / "prices.json").write_text('{"v5e": 2.0}')
-    cells = [("one", cell_of()), ("odd", cell_of(batch=7))]
-    rows = table.plan(
-        cells, ["v5e-16", "v6e-16"], tmp_path, table.read_prices(tmp_path / "prices.json"), print
+    rows, (small, large) = table.plan(
+        [cell_of(), cell_of(batch=7)],
+        ["v5e-16", "v6e-16"],
+        Stub(Compiler(10, 0.5)),
+        table.read_prices(tmp_path / "prices.json"),
+        lambda done, total: None,
     )
     priced, other, odd, _ = rows
     assert priced.step_s is not None
-    assert priced.hours == pytest.approx(priced.step_s * 1000 / 3600)
+    assert priced.hours == pytest.approx(priced.step_s * 1000 / 3600)  # its tower's outputs are stored
     assert priced.chip_hours == pytest.approx(16 * (priced.hours or 0))
     assert priced.price == pytest.approx(2 * (priced.chip_hours or 0))
     assert other.price is None
     assert (odd.fits, odd.mesh) == (False, None)
-    shown = table.show(rows)
+    assert (small.topology, small.cells, large.cells) == ("v5e-16", 1, 1)
+    shown = table.show(rows, [small, large], "and a check")
     assert "batch does not divide" in shown
-    assert len(json.loads(table.to_json(rows))["plans"]) == 4
+    assert "v5e-16: 1 cells" in shown
+    assert shown.endswith("and a check")
+    assert len(json.loads(table.to_json(rows, [small, large], Stub(Compiler(1, 1))))["plans"]) == 4
 
 
 @pytest.mark.parametrize("text", ["[]", '{"v5e": "cheap"}', '{"v5e": 0}', '{"v5e": true}', "{"])

@@ -12,7 +12,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from importlib import metadata, util
 from pathlib import Path
@@ -22,8 +24,8 @@ from vlmscale.config import Cell, from_dict, to_dict
 from vlmscale.errors import UserError
 from vlmscale.plan.slices import Slice, find_slice
 from vlmscale.records import read_json, write_json
+from vlmscale.train.frozen import needs_of
 
-_GIB = 2**30
 _QUIET = {  # the first two keep libtpu from asking a metadata server; the third lets others use it meanwhile
     "TPU_ACCELERATOR_TYPE": "v5litepod-8",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -45,8 +47,9 @@ class Compiled:
     Attributes:
       arguments, outputs, temporary, code: bytes; outputs without those that take an argument's place.
       needed: bytes in all.
-      limit: bytes that the compiler may use.
+      limit: bytes that there are.
       seconds: the compilation took.
+      by: who says so, "compiler" or "arithmetic".
     """
 
     arguments: int
@@ -56,11 +59,7 @@ class Compiled:
     needed: int
     limit: int
     seconds: float
-
-    @property
-    def fits(self) -> bool:
-        """Whether the device can hold it."""
-        return self.needed <= self.limit
+    by: str = "compiler"
 
 
 @dataclass(frozen=True)
@@ -68,37 +67,49 @@ class Request:
     """What is to be compiled.
 
     Attributes:
-      cell: its config; of it the training step.
+      program: of `vlmscale.plan.programs`.
+      cell: its config, with the attention and the dtype that are planned.
       topology: name of the slice.
       mesh: data, fsdp, tensor.
-      row_length: positions of a training row.
+      length: positions of a training row, or of a prompt; 0 for the tower.
     """
 
+    program: str
     cell: Cell
     topology: str
     mesh: tuple[int, int, int]
-    row_length: int
+    length: int
 
     def key(self) -> str:
         """What the answer depends on: cells of one shape share it."""
         cell = to_dict(self.cell)
-        shape = {
-            "tower": cell["tower"]["name"],
-            "llm": cell["llm"]["name"],
-            "compressor": cell["compressor"],
-            "vocabulary": [cell["data"][name] for name in ("tokenizer", "vocab_size", "max_text_tokens")],
-            "train": {name: cell["train"][name] for name in _SHAPES},
-            "evaluate": [cell["evaluate"][name] for name in ("batch_size", "max_new_tokens")],
-        }
+        train = {name: cell["train"][name] for name in _SHAPES[self.program]}
+        shape = {"tower": cell["tower"]["name"], "compressor": cell["compressor"], "train": train}
+        if self.program == "tower":
+            # Which outputs are made and how many pictures there are, which few settings decide.
+            shape["compressor"] = sorted(needs_of(self.cell))
+            shape["features"] = cell["data"]["features"]
+        else:
+            shape["llm"] = cell["llm"]["name"]
+            data, flags = cell["data"], ("tokenizer", "row_length")
+            shape["data"] = [data["vocab_size"], data["max_text_tokens"], *(bool(data[x]) for x in flags)]
+        if self.program == "generate":
+            shape["evaluate"] = [cell["evaluate"][name] for name in ("batch_size", "max_new_tokens")]
         versions = [metadata.version(name) for name in ("jax", "libtpu", "flax")]
-        parts = [shape, self.topology, self.mesh, self.row_length, versions]
+        parts = [self.program, shape, self.topology, self.mesh, self.length, versions]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_SHAPES = (
-    *("batch_size", "accumulate", "remat", "attention", "dtype", "loss_chunk", "loss_rows", "clip_norm"),
-    *("compressor_rate", "llm_rate", "tower_rate"),
-)
+# Of the recipe, what a program's shape depends on.
+_RATES = ("compressor_rate", "llm_rate", "tower_rate")
+_SHAPES = {
+    "train": (
+        *("batch_size", "accumulate", "remat", "attention", "dtype", "loss_chunk", "loss_rows", "clip_norm"),
+        *_RATES,
+    ),
+    "tower": ("batch_size", "accumulate", "attention", "dtype"),
+    "generate": ("dtype", *_RATES),
+}
 
 
 def needs_libtpu() -> None:
@@ -111,6 +122,12 @@ def needs_libtpu() -> None:
         raise UserError("the TPU compiler (libtpu) is not installed; pip install 'vlmscale[tpu]'")
 
 
+def known(request: Request, cache: Path) -> Compiled | None:
+    """What the compiler said before, if it was asked."""
+    path = cache / f"{request.key()}.json"
+    return Compiled(**read_json(path)["compiled"]) if path.exists() else None
+
+
 def compile_request(request: Request, cache: Path) -> Compiled:
     """What the compiler says; from the cache where it was asked before.
 
@@ -119,9 +136,9 @@ def compile_request(request: Request, cache: Path) -> Compiled:
       RuntimeError: the compiler failed otherwise.
     """
     needs_libtpu()
-    path = cache / f"{request.key()}.json"
-    if path.exists():
-        return Compiled(**read_json(path)["compiled"])
+    before = known(request, cache)
+    if before is not None:
+        return before
     told = asdict(request) | {"cell": to_dict(request.cell)}
     done = subprocess.run(
         [sys.executable, "-m", "vlmscale.plan.compiled"],
@@ -137,34 +154,43 @@ def compile_request(request: Request, cache: Path) -> Compiled:
         raise RuntimeError(f"compiling for {request.topology}: {done.stderr[-2000:]}")
     found = Compiled(**json.loads(done.stdout.splitlines()[-1]))
     cache.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"request": told, "compiled": asdict(found)})
+    write_json(cache / f"{request.key()}.json", {"request": told, "compiled": asdict(found)})
     return found
 
 
-def lowered(request: Request) -> Any:
-    """The program, ready to be compiled; under the mesh of the slice."""
-    import jax
+class Compiler:
+    """The compiler behind its cache, for several threads: a request that is under way is waited for."""
 
-    from vlmscale.plan.abstract import (
-        abstract_batch,
-        abstract_knobs,
-        abstract_tower,
-        topology_mesh,
-        vocab_rows,
-    )
-    from vlmscale.train.program import make_program
+    def __init__(self, cache: Path) -> None:
+        self.cache, self._lock = cache, threading.Lock()
+        self._running: dict[str, Future[Compiled]] = {}
 
-    place, cell = find_slice(request.topology), request.cell
-    mesh = topology_mesh(place, *request.mesh)
-    program = make_program(cell, vocab_rows(cell), mesh, abstract_tower(cell))
-    batch = abstract_batch(cell, program.model, mesh, request.row_length)
-    with jax.set_mesh(mesh):
-        return program.step.lower(program.abstract, program.places.frozen, batch, abstract_knobs(mesh))
+    def __call__(self, request: Request) -> Compiled:
+        """As `compile_request`."""
+        key = request.key()
+        with self._lock:
+            mine = key not in self._running
+            future = self._running.setdefault(key, Future())
+        if mine:
+            try:
+                future.set_result(compile_request(request, self.cache))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+
+def lower_request(request: Request) -> Any:
+    """The program, ready to be compiled."""
+    from vlmscale.plan.abstract import topology_mesh
+    from vlmscale.plan.programs import lowered
+
+    mesh = topology_mesh(find_slice(request.topology), *request.mesh)
+    return lowered(request.program, request.cell, mesh, request.length)
 
 
 def measure(request: Request, place: Slice) -> Compiled:
     """Compile here and now."""
-    start, program = time.perf_counter(), lowered(request)
+    start, program = time.perf_counter(), lower_request(request)
     try:
         stats = program.compile().memory_analysis()
     except Exception as error:
@@ -187,7 +213,7 @@ def main() -> int:
     """Answer the request on stdin with a line of JSON."""
     told = json.loads(sys.stdin.read())
     cell = from_dict(told["cell"])
-    request = Request(cell, told["topology"], tuple(told["mesh"]), told["row_length"])
+    request = Request(told["program"], cell, told["topology"], tuple(told["mesh"]), told["length"])
     try:
         print(json.dumps(asdict(measure(request, find_slice(request.topology)))))
     except UserError as error:

@@ -1,19 +1,55 @@
-"""The mesh of a cell on a slice: the first that the compiler says fits, and what had to change for it."""
+"""The mesh of a cell on a slice: the first with which its programs fit, and what had to change for it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vlmscale.config import Cell
+from vlmscale.models.sizes import SIZES
 from vlmscale.plan.abstract import vocab_rows
 from vlmscale.plan.compiled import Compiled, Request
+from vlmscale.plan.memory import tower_bytes
+from vlmscale.plan.programs import programs_of
 from vlmscale.plan.slices import Slice
 from vlmscale.train.state import state_bytes
 
 _STATE_SHARE = 0.6  # of a device's memory that weights, gradients and moments may take, as in training
 _MOST_TENSOR = 8
-Compile = Callable[[Request], Compiled]
+Ask = Callable[[Request], Compiled]
+
+
+class Lengths(NamedTuple):
+    """Positions of a training row, and of a prompt."""
+
+    row: int
+    prompt: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A program on a device of a slice.
+
+    Attributes:
+      request: what was asked.
+      told: by the compiler or by arithmetic.
+      beside: bytes of what other programs of the process keep there meanwhile.
+    """
+
+    request: Request
+    told: Compiled
+    beside: int = 0
+
+    @property
+    def used(self) -> int:
+        """Bytes in all."""
+        return self.told.needed + self.beside
+
+    @property
+    def fits(self) -> bool:
+        """Whether the device can hold it."""
+        return self.used <= self.told.limit
 
 
 @dataclass(frozen=True)
@@ -21,21 +57,29 @@ class Fit:
     """A cell on a slice.
 
     Attributes:
-      request: what was compiled last.
-      compiled: what the compiler said of it.
+      parts: by the name of the program; "train" at the mesh that fits, else at that which came nearest.
       changes: what of the config had to change, such as "train.accumulate=2".
-      tried: how many programs were compiled or looked up.
+      tried: how many meshes were asked about.
     """
 
-    request: Request
-    compiled: Compiled
+    parts: dict[str, Part]
     changes: tuple[str, ...]
     tried: int
 
     @property
+    def train(self) -> Part:
+        """The training step."""
+        return self.parts["train"]
+
+    @property
+    def largest(self) -> Part:
+        """The program that takes most."""
+        return max(self.parts.values(), key=lambda part: part.used)
+
+    @property
     def fits(self) -> bool:
-        """Whether any of what was tried does."""
-        return self.compiled.fits
+        """Whether all do."""
+        return all(part.fits for part in self.parts.values())
 
 
 def divisors(number: int) -> list[int]:
@@ -43,14 +87,22 @@ def divisors(number: int) -> list[int]:
     return [part for part in range(1, number + 1) if number % part == 0]
 
 
-def meshes(cell: Cell, place: Slice) -> Iterator[tuple[tuple[int, int, int], int]]:
-    """(mesh, accumulate) in the order in which they are tried.
+class Trial(NamedTuple):
+    """A way to train that may fit."""
+
+    mesh: tuple[int, int, int]
+    accumulate: int
+    remat: str
+
+
+def trials(cell: Cell, place: Slice) -> Iterator[Trial]:
+    """Ways to train, in the order in which they are tried.
 
     The mesh that the config names alone, if it names one. Else the least tensor axis with which the rows of a
-    batch divide over the devices, and on it the least fsdp that the state fits with, more of it, then the
-    batch in more parts, then more of the tensor axis.
+    batch divide over the devices, and on it the least fsdp that the state fits with, more of it, then layers
+    that are computed again, then the batch in more parts, then more of the tensor axis.
     """
-    asked, rows, devices = cell.mesh, cell.train.batch_size, place.devices
+    asked, rows, devices, remat = cell.mesh, cell.train.batch_size, place.devices, cell.train.remat
     tensors = [asked.tensor] if asked.tensor else [t for t in divisors(devices) if t <= _MOST_TENSOR]
     nbytes = state_bytes(cell, vocab_rows(cell))
     for tensor in tensors:
@@ -62,35 +114,84 @@ def meshes(cell: Cell, place: Slice) -> Iterator[tuple[tuple[int, int, int], int
         if not fsdps:
             continue
         fits = [f for f in fsdps if nbytes / tensor / f <= _STATE_SHARE * place.generation.hbm] or fsdps[-1:]
-        for fsdp in [fits[0], *fits[-1:]] if len(fits) > 1 else fits:
-            yield (split // fsdp, fsdp, tensor), parts[0]
-        for accumulate in parts[1:]:
-            yield (split // fits[-1], fits[-1], tensor), accumulate
+        for fsdp in dict.fromkeys((fits[0], fits[-1])):
+            yield Trial((split // fsdp, fsdp, tensor), parts[0], remat)
+        most = (split // fits[-1], fits[-1], tensor)
+        for accumulate in parts if remat != "block" else parts[1:]:
+            yield Trial(most, accumulate, "block")
 
 
-def find_fit(cell: Cell, place: Slice, row_length: int, compile_one: Compile) -> Fit | None:
-    """The first mesh that fits, else the one that came nearest; None where no mesh can hold the batch.
+def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask) -> Fit | None:
+    """The first way to train that fits, else the nearest, with the other programs; None without any.
 
     Args:
       cell: the config.
       place: the slice.
-      row_length: positions of a training row.
-      compile_one: asks the compiler.
+      lengths: of rows and prompts.
+      ask: gives the bytes of a program.
     """
     nearest: Fit | None = None
-    tried = 0
-    for mesh, accumulate in dict.fromkeys(meshes(cell, place)):
-        # The plain backend keeps every score, for which no TPU has the memory; auto is bfloat16 there.
-        planned = {"accumulate": accumulate, "attention": "splash"}
-        changes = tuple(f"train.{k}={v}" for k, v in planned.items() if v != getattr(cell.train, k))
-        dtype = "bfloat16" if cell.train.dtype == "auto" else cell.train.dtype
-        train = replace(cell.train, accumulate=accumulate, attention="splash", dtype=dtype)
-        changed = replace(cell, train=train)
-        request = Request(changed, place.name, mesh, row_length)
-        found, tried = compile_one(request), tried + 1
-        fit = Fit(request, found, changes, tried)
-        if found.fits:
-            return fit
-        if nearest is None or found.needed < nearest.compiled.needed:
-            nearest = fit
-    return nearest if nearest is None else replace(nearest, tried=tried)
+    tried, names = 0, programs_of(cell)
+    for trial in dict.fromkeys(trials(cell, place)):
+        changed, changes = _planned(cell, place, trial)
+        tower = tower_bytes(changed, trial.mesh) if "tower" in names else 0
+        beside = tower if cell.data.features == "computed" else 0
+        request = Request("train", changed, place.name, trial.mesh, lengths.row)
+        part, tried = Part(request, ask(request), beside), tried + 1
+        if nearest is None or part.used < nearest.train.used:
+            nearest = Fit({"train": part}, changes, tried)
+        if part.fits:
+            nearest = Fit({"train": part}, changes, tried)
+            break
+    if nearest is None:
+        return None
+    parts = dict(nearest.parts)
+    if "tower" in names:
+        request = replace(parts["train"].request, program="tower", length=0)
+        beside = parts["train"].told.arguments if cell.data.features == "computed" else 0
+        parts["tower"] = Part(request, ask(request), beside)
+    changed = parts["train"].request.cell
+    request = Request("generate", changed, place.name, answering_mesh(cell, place), lengths.prompt)
+    parts["generate"] = Part(request, ask(request))
+    return replace(nearest, parts=parts, tried=tried)
+
+
+def _planned(cell: Cell, place: Slice, trial: Trial) -> tuple[Cell, tuple[str, ...]]:
+    """The cell as it would be trained, and what of the config had to change for it."""
+    # The plain backend keeps every score, for which no accelerator has the memory; auto is bfloat16 there.
+    attention = "cudnn" if place.generation.gpu else "splash"
+    planned = {"accumulate": trial.accumulate, "remat": trial.remat, "attention": attention}
+    changes = tuple(f"train.{k}={v}" for k, v in planned.items() if v != getattr(cell.train, k))
+    dtype = "bfloat16" if cell.train.dtype == "auto" else cell.train.dtype
+    train = replace(
+        cell.train, accumulate=trial.accumulate, remat=trial.remat, attention=attention, dtype=dtype
+    )
+    return replace(cell, train=train), changes
+
+
+def answering_mesh(cell: Cell, place: Slice) -> tuple[int, int, int]:
+    """The mesh that `evaluate` chooses: the least fsdp that the state fits with."""
+    nbytes, limit = state_bytes(cell, vocab_rows(cell)), _STATE_SHARE * place.generation.hbm
+    splits = divisors(place.devices)
+    fsdp = next((split for split in splits if nbytes / split <= limit), splits[-1])
+    return place.devices // fsdp, fsdp, 1
+
+
+def lengths_of(cell: Cell, text_tokens: int | None = None) -> Lengths:
+    """Positions of rows and prompts.
+
+    Args:
+      cell: the config.
+      text_tokens: the longest text of a conversation, where rows are as long as the longest needs; None for
+        `data.max_text_tokens`, to which it is cut.
+    """
+    text, visual = cell.data.max_text_tokens, cell.compressor.visual_tokens
+    if text_tokens is not None and not cell.data.row_length:
+        text = min(text, text_tokens)
+    room = SIZES[cell.llm.name].context - cell.evaluate.max_new_tokens - visual  # longer ones are not asked
+    row = cell.data.row_length or _whole(text + visual)
+    return Lengths(row, _whole(min(text, room) + visual))
+
+
+def _whole(length: int) -> int:
+    return -(-length // 128) * 128

@@ -1,35 +1,45 @@
-"""How long a step takes on a slice, from a roofline with stated efficiencies; not measured there.
+"""How long a step takes on a slice: a roofline with stated efficiencies, assumed or calibrated.
 
 The longest of three times, each at a share of what the vendor publishes: matrix products, memory, and what
-FSDP sends. They overlap in XLA's schedule, so that none is added to another.
+devices send. They overlap in XLA's schedule, so that none is added to another.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from vlmscale.config import Cell
-from vlmscale.cost.flops import decoder_flops
-from vlmscale.cost.image import Sample, sample_flops
-from vlmscale.cost.peak import peak_flops
-from vlmscale.models.sizes import SIZES
-from vlmscale.plan.abstract import abstract_tower, vocab_rows
+from vlmscale.cost.image import Sample, tower_flops
+from vlmscale.cost.training import step_flops
+from vlmscale.errors import UserError
+from vlmscale.models.sizes import SIZES, TOWERS
+from vlmscale.plan.abstract import vocab_rows
+from vlmscale.plan.memory import training_places
 from vlmscale.plan.slices import Slice
-from vlmscale.sharding import make_mesh
-from vlmscale.train.program import make_program
+from vlmscale.records import read_json
+from vlmscale.train.frozen import needs_of
 from vlmscale.weights import tree
 
-# Shares of the published peaks that large matrix products, streamed memory and collectives reach. Assumed.
-PRODUCTS, MEMORY, LINKS = 0.5, 0.8, 0.7
+
+class Efficiencies(NamedTuple):
+    """Shares of the published peaks that large matrix products, streamed memory and collectives reach.
+
+    The defaults are assumed.
+    """
+
+    products: float = 0.5
+    memory: float = 0.8
+    links: float = 0.7
 
 
 class StepTime(NamedTuple):
     """Seconds of a step, by what would bound it."""
 
-    flops: int  # of the whole step on all devices, recomputation included
+    flops: float  # of the whole step on all devices, recomputation included
     products: float
     memory: float
     links: float
@@ -45,24 +55,47 @@ class StepTime(NamedTuple):
         return max(("products", "memory", "links"), key=lambda name: float(getattr(self, name)))
 
 
-def step_flops(cell: Cell, row_length: int) -> int:
-    """Matrix-product FLOPs of one training step with rows that are full and all of whose text is supervised.
+def read_calibration(path: Path) -> dict[str, Efficiencies]:
+    """Efficiencies by the kind of device, of a file of `vlmscale bench step`.
 
-    As `cost.image.sample_flops`, with the forward pass that rematerialisation repeats.
+    Raises:
+      UserError: the file cannot be read, or a share is none.
+    """
+    found = read_json(path)
+    if not isinstance(found, dict) or not isinstance(found.get("efficiencies"), dict):
+        raise UserError(f"{path}: is no calibration; `vlmscale bench step --out FILE` writes one")
+    calibrated = {}
+    for kind, shares in found["efficiencies"].items():
+        for name, share in shares.items():
+            if name not in Efficiencies._fields or not isinstance(share, float) or not 0 < share <= 1:
+                known = ", ".join(Efficiencies._fields)
+                raise UserError(f"{path}: {kind}: {name}={share!r}: one of {known}, above 0 and at most 1")
+        calibrated[kind] = Efficiencies(**shares)
+    return calibrated
+
+
+def flops_of_step(cell: Cell, row_length: int) -> float:
+    """Products of a training step's own program, its rows full and all of their text supervised.
 
     Args:
       cell: the config.
       row_length: positions of a row.
     """
-    size, tokens = SIZES[cell.llm.name], cell.compressor.visual_tokens
-    text = row_length - tokens
+    text = row_length - cell.compressor.visual_tokens
     sample = Sample(text, text, min(text, cell.data.max_text_tokens), 1.0)
-    once = sample_flops(cell, vocab_rows(cell), sample)
-    again = decoder_flops(size, row_length, 0) if cell.train.remat != "none" else 0.0
-    return round(cell.train.batch_size * (once + again))
+    if not cell.train.tower_rate:  # a frozen tower is a program of its own
+        cell = replace(cell, data=replace(cell.data, features="stored"))
+    return cell.train.batch_size * step_flops(cell, vocab_rows(cell), sample)
 
 
-def step_time(cell: Cell, place: Slice, mesh: tuple[int, int, int], row_length: int, needed: int) -> StepTime:
+def step_time(
+    cell: Cell,
+    place: Slice,
+    mesh: tuple[int, int, int],
+    row_length: int,
+    needed: int,
+    shares: Efficiencies | None = None,
+) -> StepTime:
     """A step's time.
 
     Args:
@@ -71,25 +104,37 @@ def step_time(cell: Cell, place: Slice, mesh: tuple[int, int, int], row_length: 
       mesh: data, fsdp, tensor.
       row_length: positions of a row.
       needed: bytes of a device that the program works on; each is read or written about twice a step.
+      shares: efficiencies; None for those that are assumed.
     """
-    generation, devices = place.generation, place.devices
-    flops = step_flops(cell, row_length)
-    peak = peak_flops(generation.kind, "bfloat16")
-    assert peak is not None
-    mesh_here = make_mesh(devices=jax.devices()[:1])
-    program = make_program(cell, vocab_rows(cell), mesh_here, abstract_tower(cell))
-    sizes = {True: 0, False: 0}
-    for trained, params in ((True, program.places.trained), (False, program.places.frozen)):
-        sizes[trained] = tree.count(params)
-    data, fsdp, tensor = mesh
-    half = jnp.dtype(jnp.bfloat16).itemsize
-    # Weights are gathered for the forward pass, the recomputation and the backward pass, in each part of a
-    # batch; gradients of what trains are scattered in float32, and summed over the data axis.
-    gathered = 3 * cell.train.accumulate * half * (sizes[True] + sizes[False]) / tensor * (fsdp > 1)
-    summed = 4 * sizes[True] / tensor * ((fsdp > 1) + 2 / fsdp * (data > 1))
+    generation, devices, shares = place.generation, place.devices, shares or Efficiencies()
+    flops = flops_of_step(cell, row_length)
     return StepTime(
         flops,
-        flops / (devices * peak * PRODUCTS),
-        2 * needed * cell.train.accumulate / (generation.bandwidth * MEMORY),
-        (gathered + summed) / (generation.links * LINKS),
+        flops / (devices * generation.peak * shares.products),
+        2 * needed * cell.train.accumulate / (generation.bandwidth * shares.memory),
+        sent_bytes(cell, mesh, row_length) / (place.slowest_link * shares.links),
     )
+
+
+def sent_bytes(cell: Cell, mesh: tuple[int, int, int], row_length: int) -> float:
+    """What a device sends in a step, about.
+
+    Weights are gathered over fsdp for the forward pass, the recomputation and the backward pass, in each part
+    of a batch; gradients of what trains are scattered in float32, and summed over data; over tensor the
+    outputs of attention and MLP are summed, forward, again and backward.
+    """
+    places = training_places(cell, (1, 1, 1))
+    trained, frozen = tree.count(places.trained), tree.count(places.frozen)
+    (data, fsdp, tensor), train, size = mesh, cell.train, SIZES[cell.llm.name]
+    half = jnp.dtype(jnp.bfloat16).itemsize
+    gathered = 3 * train.accumulate * half * (trained + frozen) / tensor * (fsdp > 1)
+    summed = 4 * trained / tensor * ((fsdp > 1) + 2 / fsdp * (data > 1))
+    outputs = half * train.batch_size / (data * fsdp) * row_length * size.width * size.num_layers
+    return gathered + summed + 6 * outputs * 2 * (tensor - 1) / tensor
+
+
+def tower_time(cell: Cell, place: Slice, shares: Efficiencies | None = None) -> float:
+    """Seconds that a step's pictures take in a frozen tower, bound by products."""
+    shares = shares or Efficiencies()
+    flops = cell.train.batch_size * tower_flops(TOWERS[cell.tower.name], needs_of(cell))
+    return flops / (place.devices * place.generation.peak * shares.products)

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmscale.config import Cell
 from vlmscale.errors import UserError
-from vlmscale.plan.compiled import compile_request
-from vlmscale.plan.fit import Fit, find_fit
-from vlmscale.plan.roofline import step_time
+from vlmscale.plan.ask import Answers
+from vlmscale.plan.fit import Ask, Fit, Part, find_fit, lengths_of
+from vlmscale.plan.roofline import Efficiencies, step_time, tower_time
 from vlmscale.plan.slices import Slice, find_slice
+from vlmscale.plan.totals import Totals, totals
 from vlmscale.records import read_json
+from vlmscale.train.recipe import trained_parts
 
 _GIB = 2**30
 
@@ -28,10 +31,12 @@ class Planned:
       topology: name of the slice.
       mesh: data, fsdp, tensor; None where no mesh can hold the batch.
       changes: what of the config had to change.
-      used_gib, limit_gib: of a device, by the compiler; at the last mesh that was tried where none fits.
-      fits: whether it does.
-      step_s, bound: predicted seconds of a step and what bounds it.
-      hours, chip_hours: of all steps.
+      used_gib, limit_gib: of a device, in the program that takes most; at the nearest mesh where none fits.
+      programs: of each, the same, its mesh and who says so.
+      fits: whether all do.
+      step_s, bound: predicted seconds of a step and what bounds it; without the tower.
+      tower_s: of a step's pictures in a frozen tower.
+      hours, chip_hours: of all steps, the tower in each where `data.features` is computed.
       price: in the price file's money; None without one.
     """
 
@@ -41,12 +46,14 @@ class Planned:
     changes: tuple[str, ...]
     used_gib: float
     limit_gib: float
+    programs: dict[str, dict[str, Any]]
     fits: bool
-    step_s: float | None
-    bound: str
-    hours: float | None
-    chip_hours: float | None
-    price: float | None
+    step_s: float | None = None
+    bound: str = ""
+    tower_s: float | None = None
+    hours: float | None = None
+    chip_hours: float | None = None
+    price: float | None = None
 
 
 def read_prices(path: Path) -> dict[str, float]:
@@ -64,82 +71,162 @@ def read_prices(path: Path) -> dict[str, float]:
     return {name: float(price) for name, price in prices.items()}
 
 
-def row_length_of(cell: Cell) -> int:
-    """Positions of a row: as the config says, else the longest text with one picture, to the next 128."""
-    if cell.data.row_length:
-        return cell.data.row_length
-    return -(-(cell.data.max_text_tokens + cell.compressor.visual_tokens) // 128) * 128
+def label(cell: Cell) -> str:
+    """A cell among those of a sweep."""
+    compressor = cell.compressor
+    method = f"{compressor.name} {compressor.visual_tokens}" if compressor.visual_tokens else "blind"
+    return f"{cell.llm.name} {method} ({'+'.join(sorted(trained_parts(cell)))})"
 
 
 def plan(
-    cells: Sequence[tuple[str, Cell]],
+    cells: Sequence[Cell],
     topologies: Sequence[str],
-    cache: Path,
+    answers: Answers,
     prices: dict[str, float],
     progress: Callable[[int, int], None],
-) -> list[Planned]:
+    text_tokens: int | None = None,
+    workers: int = 1,
+    calibration: dict[str, Efficiencies] | None = None,
+) -> tuple[list[Planned], list[Totals]]:
     """Plan cells on slices.
 
     Args:
-      cells: with their labels.
+      cells: what is planned.
       topologies: names of slices.
-      cache: directory of what was compiled before.
+      answers: who says what a program takes.
       prices: money a chip and hour by generation.
       progress: called with (plans, plans in all).
+      text_tokens: as in `lengths_of`.
+      workers: programs that are asked about at a time.
+      calibration: efficiencies by the kind of device, where they were measured.
+
+    Returns:
+      A row for each cell and slice, and what all cells take on each slice.
 
     Raises:
       UserError: an unknown slice, or no TPU compiler.
     """
-    slices, rows = [find_slice(name) for name in topologies], []
-    for label, cell in cells:
-        for place in slices:
-            length = row_length_of(cell)
-            fit = find_fit(cell, place, length, lambda request: compile_request(request, cache))
-            rows.append(_row(label, cell, place, length, fit, prices))
-            progress(len(rows), len(cells) * len(slices))
-    return rows
+    slices = [find_slice(name) for name in topologies]
+    jobs = [(number, cell, place) for number, cell in enumerate(cells) for place in slices]
+
+    def one(number: int, cell: Cell, place: Slice) -> Fit | None:
+        told: Ask = lambda request: answers(number, request)  # noqa: E731
+        return find_fit(cell, place, lengths_of(cell, text_tokens), told)
+
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(one, *job) for job in jobs]
+        try:
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                progress(done, len(jobs))
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    fits = [future.result() for future in futures]
+    shares = {place.name: (calibration or {}).get(place.generation.kind) for place in slices}
+    rows = [
+        _row(cell, place, fit, prices, shares[place.name])
+        for (_, cell, place), fit in zip(jobs, fits, strict=True)
+    ]
+    of_slice = []
+    for place in slices:
+        here = [(cell, fit) for (_, cell, where), fit in zip(jobs, fits, strict=True) if where == place]
+        of_slice.append(totals(here, place, shares[place.name]))
+    return rows, of_slice
 
 
 def _row(
-    label: str, cell: Cell, place: Slice, length: int, fit: Fit | None, prices: dict[str, float]
+    cell: Cell, place: Slice, fit: Fit | None, prices: dict[str, float], shares: Efficiencies | None
 ) -> Planned:
     if fit is None:
-        return Planned(label, place.name, None, (), 0.0, 0.0, False, None, "", None, None, None)
-    found, request = fit.compiled, fit.request
-    nothing = (None, "", None, None, None)
-    head = (label, place.name, request.mesh, fit.changes, found.needed / _GIB, found.limit / _GIB, fit.fits)
+        return Planned(label(cell), place.name, None, (), 0.0, 0.0, {}, False)
+    train, largest = fit.train, fit.largest
+    head = Planned(
+        label(cell),
+        place.name,
+        train.request.mesh,
+        fit.changes,
+        largest.used / _GIB,
+        largest.told.limit / _GIB,
+        {name: _program(part) for name, part in fit.parts.items()},
+        fit.fits,
+    )
     if not fit.fits:
-        return Planned(*head, *nothing)
-    time = step_time(request.cell, place, request.mesh, length, found.needed)
-    hours = time.seconds * cell.train.steps / 3600
+        return head
+    request = train.request
+    time = step_time(request.cell, place, request.mesh, request.length, train.told.needed, shares)
+    tower = tower_time(request.cell, place, shares) if "tower" in fit.parts else 0.0
+    seconds = time.seconds + (tower if cell.data.features == "computed" else 0.0)
+    hours = seconds * cell.train.steps / 3600
     chips = hours * place.chips
     price = prices.get(place.name.rpartition("-")[0])
-    return Planned(*head, time.seconds, time.bound, hours, chips, None if price is None else chips * price)
+    return Planned(
+        **vars(head)
+        | {
+            "step_s": time.seconds,
+            "bound": time.bound,
+            "tower_s": tower,
+            "hours": hours,
+            "chip_hours": chips,
+            "price": None if price is None else chips * price,
+        }
+    )
 
 
-def show(rows: Sequence[Planned]) -> str:
-    """The table for people."""
+def _program(part: Part) -> dict[str, Any]:
+    told = part.told
+    return {
+        "used_gib": part.used / _GIB,
+        "limit_gib": told.limit / _GIB,
+        "beside_gib": part.beside / _GIB,
+        "mesh": part.request.mesh,
+        "length": part.request.length,
+        "by": told.by,
+        "compile_s": told.seconds,
+    }
+
+
+def show(rows: Sequence[Planned], sums: Sequence[Totals], check: str) -> str:
+    """The table for people; what arithmetic alone says of memory is marked with a ~."""
+    width = max(len(row.cell) for row in rows)
     lines = [
-        f"{'cell':40} {'slice':10} {'data x fsdp x tensor':20} {'GiB':>13} {'step s':>8} {'bound':>9} "
-        f"{'hours':>8} {'chip-hours':>10} {'price':>10}"
+        f"{'cell':{width}} {'slice':9} {'mesh':9} {'GiB':>12} {'step s':>7} {'bound':>8} {'tower s':>7} "
+        f"{'hours':>7} {'chip-hours':>10} {'price':>9}"
     ]
-    for row in rows:
-        mesh = "x".join(map(str, row.mesh)) if row.mesh else "batch does not divide"
-        memory = f"{row.used_gib:.2f}/{row.limit_gib:.2f}" if row.mesh else ""
-        words = " ".join(row.changes)
-        if not row.fits:
-            over = f"does not fit: {row.used_gib - row.limit_gib:.2f} GiB too much" if row.mesh else ""
-            lines.append(f"{row.cell:40} {row.topology:10} {mesh:20} {memory:>13} {over} {words}".rstrip())
-            continue
-        price = "" if row.price is None else f"{row.price:.2f}"
-        lines.append(
-            f"{row.cell:40} {row.topology:10} {mesh:20} {memory:>13} {row.step_s:8.3f} {row.bound:>9} "
-            f"{row.hours:8.2f} {row.chip_hours:10.1f} {price:>10} {words}".rstrip()
-        )
-    return "\n".join(lines)
+    lines += [_line(row, width) for row in rows]
+    if len(rows) > len(sums):
+        lines += ["", *map(_sum, sums)]
+    return "\n".join([*lines, check] if check else lines)
 
 
-def to_json(rows: Sequence[Planned]) -> str:
+def _line(row: Planned, width: int) -> str:
+    head = f"{row.cell:{width}} {row.topology:9}"
+    if row.mesh is None:
+        return f"{head} the batch does not divide over its devices"
+    guessed = any(part["by"] != "compiler" for part in row.programs.values())
+    memory = f"{'~' * guessed}{row.used_gib:.2f}/{row.limit_gib:.2f}"
+    head += f" {'x'.join(map(str, row.mesh)):9} {memory:>12}"
+    words = " ".join(row.changes)
+    if not row.fits:
+        over = [name for name, part in row.programs.items() if part["used_gib"] > part["limit_gib"]]
+        most = f"{row.used_gib - row.limit_gib:.2f} GiB too much ({', '.join(over)})"
+        return f"{head} does not fit: {most} {words}".rstrip()
+    price = "" if row.price is None else f"{row.price:.2f}"
+    return (
+        f"{head} {row.step_s:7.3f} {row.bound:>8} {row.tower_s:7.3f} {row.hours:7.2f} "
+        f"{row.chip_hours:10.1f} {price:>9} {words}".rstrip()
+    )
+
+
+def _sum(sums: Totals) -> str:
+    return (
+        f"{sums.topology}: {sums.cells} cells, {sums.apart:.0f} chip-hours as separate runs, "
+        f"{sums.towers:.0f} of them in towers; {sums.together:.0f} in {sums.cohorts} cohorts; "
+        f"{sums.stored:.0f} with the towers' outputs stored once, {sums.store_tib:.2f} TiB"
+    )
+
+
+def to_json(rows: Sequence[Planned], sums: Sequence[Totals], answers: Answers) -> str:
     """One object."""
-    found: list[dict[str, Any]] = [vars(row) for row in rows]
-    return json.dumps({"plans": found})
+    found = {"plans": list(map(vars, rows)), "totals": list(map(vars, sums)), "errors": answers.errors}
+    return json.dumps(found)

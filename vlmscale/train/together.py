@@ -148,8 +148,24 @@ def make_encode(cells: Sequence[Cell], tower: Params | None, accumulate: int = 1
     seeing = [cell for cell in cells if cell.compressor.visual_tokens]
     if tower is None or not seeing or seeing[0].data.features != "computed":
         return lambda batch: batch
-    size, needs = TOWERS[seeing[0].tower.name], frozenset().union(*map(needs_of, seeing)) - {"tower"}
-    train = seeing[0].train
+    outputs = tower_program(seeing, accumulate)
+
+    def complete(batch: dict[str, Any]) -> dict[str, Any]:
+        rest = {name: values for name, values in batch.items() if name != "pixels"}
+        return rest | outputs(tower, batch["pixels"])
+
+    return complete
+
+
+def tower_program(cells: Sequence[Cell], accumulate: int = 1) -> Any:
+    """The jitted function from (the tower's parameters, pixels) to its outputs.
+
+    Args:
+      cells: that share the tower, each with visual tokens.
+      accumulate: as in `make_encode`.
+    """
+    size, needs = TOWERS[cells[0].tower.name], frozenset().union(*map(needs_of, cells)) - {"tower"}
+    train = cells[0].train
     run = partial(encode, size, needs, dtype=compute_dtype(train), attention=train.attention)
 
     @jax.jit
@@ -159,11 +175,7 @@ def make_encode(cells: Sequence[Cell], tower: Params | None, accumulate: int = 1
         made: dict[str, Any] = jax.lax.map(lambda part: run(tower, {"pixels": part}), pixels)
         return made
 
-    def complete(batch: dict[str, Any]) -> dict[str, Any]:
-        rest = {name: values for name, values in batch.items() if name != "pixels"}
-        return rest | outputs(tower, batch["pixels"])
-
-    return complete
+    return outputs
 
 
 def make_put(mesh: Mesh, part: Part, accumulate: int = 1) -> Callable[[Batch], dict[str, Any]]:
