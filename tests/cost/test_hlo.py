@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -17,10 +17,9 @@ from vlmscale.config import Cell, CompressorConfig, LLMConfig, TowerConfig
 from vlmscale.cost import flops
 from vlmscale.cost.image import Sample, compressor_call, image_flops, tower_call, tower_flops
 from vlmscale.cost.training import step_flops
-from vlmscale.models.decoder import REMAT, Decoder, KVCache
+from vlmscale.models.decoder import REMAT, Decoder, KVCache, unstack
 from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize, TowerSize
 from vlmscale.models.vision import EncoderBlock, VisionTower
-from vlmscale.models.vlm import VLM
 from vlmscale.train.recipe import make_objective, trained_parts, training_model
 from vlmscale.train.step import init_params, model_inputs
 from vlmscale.weights.directory import abstract_decoder, abstract_tower
@@ -30,7 +29,7 @@ VOCAB, ROWS, TEXT, TARGETS, QUERY = 50, 2, 11, 3, 5
 DECODERS = {
     "llama": DecoderSize(48, 3, 6, 2, 56),
     "qwen2": DecoderSize(40, 2, 4, 2, 88, family="qwen2", head_dim=8, tied_embeddings=False),
-    "qwen3": DecoderSize(24, 3, 4, 1, 64, family="qwen3", head_dim=16),
+    "qwen3": DecoderSize(24, 2, 4, 1, 64, family="qwen3", head_dim=16),
 }
 ENCODERS = {
     "siglip": TowerSize(24, 6, 32, 3, 2, 72, select_layer=2, levels=(1, 2)),
@@ -196,17 +195,25 @@ def with_features(cell: Cell, batch: dict[str, Any]) -> dict[str, Any]:
     return rest | made | ({"tower": params} if "tower" in needs else {})
 
 
-def model_params(cell: Cell, model: VLM) -> dict[str, Any]:
-    batch = with_features(cell, model_batch(cell))
-    made: dict[str, Any] = jax.eval_shape(partial(init_params, model, seed=0), batch)
-    return made | {"tower": abstract_tower_params(TOWERS[cell.tower.name])}
+@cache
+def model_params(name: str, tokens: int, family: str, style: str) -> dict[str, Any]:
+    """Shapes of all parts' parameters."""
+    cell = tiny_cell(name, tokens, family, style)
+    init = partial(init_params, training_model(cell, VOCAB), seed=0)
+    made: dict[str, Any] = jax.eval_shape(init, with_features(cell, model_batch(cell)))
+    return made | {"tower": abstract_tower_params(TOWERS[style])}
+
+
+def params_of(cell: Cell) -> dict[str, Any]:
+    own = cell.compressor
+    return model_params(own.name, own.visual_tokens, cell.llm.name, cell.tower.name)
 
 
 def counted_step(cell: Cell, rows: int) -> int:
     """FLOPs of the loss and its gradients."""
     cell.train.loss_chunk = rows * TARGETS
-    model = training_model(cell, VOCAB)
-    objective, params, batch = make_objective(cell, model), model_params(cell, model), model_batch(cell, rows)
+    objective = make_objective(cell, training_model(cell, VOCAB))
+    params, batch = params_of(cell), model_batch(cell, rows)
     trained = {part: params[part] for part in trained_parts(cell)}
 
     def loss(trained: Any, params: Any, batch: Any, weights: Any, step: Any) -> Any:
@@ -258,7 +265,7 @@ def test_a_model_s_forward_pass(name: str) -> None:
         behind = {part: params[part] for part in ("decoder", "compressor")}
         return model.apply({"params": behind}, model_inputs(batch), batch["target_positions"])
 
-    counted = lowered_flops(run, model_params(cell, model), batch)
+    counted = lowered_flops(run, params_of(cell), batch)
     size = SIZES[cell.llm.name]
     layers = flops.decoder_flops(size, TEXT + TOKENS, 0, causal=False)
     head = flops.head_flops(size, VOCAB, TARGETS)
@@ -277,8 +284,12 @@ def test_a_model_s_prefill_and_one_more_token(name: str) -> None:
     cell, slots = tiny_cell(name, TOKENS, *MODELS[name]), TEXT + TOKENS + 3
     size = SIZES[cell.llm.name]
     model = training_model(cell, VOCAB).clone(layout="loop")
-    batch, params = with_features(cell, model_batch(cell)), model_params(cell, model)
-    params.pop("tower")
+    batch = with_features(cell, model_batch(cell))
+    stacked = params_of(cell)
+    params = {
+        "decoder": jax.eval_shape(unstack, stacked["decoder"]),
+        "compressor": stacked["compressor"],
+    }
     head = flops.head_flops(size, VOCAB, 1)
 
     def prefill(params: Any, batch: Any) -> Any:
