@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import flax.linen as nn
@@ -12,14 +12,14 @@ import pytest
 
 from tests.cost.hlo import lowered_flops
 from vlmscale.compressors import COMPRESSORS, parse_options
+from vlmscale.compressors.features import abstract_tower_params
 from vlmscale.config import Cell, CompressorConfig, LLMConfig, TowerConfig
 from vlmscale.cost import flops
 from vlmscale.cost.image import Sample, compressor_call, image_flops, tower_call, tower_flops
 from vlmscale.cost.training import step_flops
-from vlmscale.models.decoder import REMAT, Decoder, KVCache
+from vlmscale.models.decoder import REMAT, Decoder, KVCache, unstack
 from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize, TowerSize
 from vlmscale.models.vision import EncoderBlock, VisionTower
-from vlmscale.models.vlm import VLM
 from vlmscale.train.recipe import make_objective, trained_parts, training_model
 from vlmscale.train.step import init_params, model_inputs
 from vlmscale.weights.directory import abstract_decoder, abstract_tower
@@ -29,7 +29,7 @@ VOCAB, ROWS, TEXT, TARGETS, QUERY = 50, 2, 11, 3, 5
 DECODERS = {
     "llama": DecoderSize(48, 3, 6, 2, 56),
     "qwen2": DecoderSize(40, 2, 4, 2, 88, family="qwen2", head_dim=8, tied_embeddings=False),
-    "qwen3": DecoderSize(24, 3, 4, 1, 64, family="qwen3", head_dim=16),
+    "qwen3": DecoderSize(24, 2, 4, 1, 64, family="qwen3", head_dim=16),
 }
 ENCODERS = {
     "siglip": TowerSize(24, 6, 32, 3, 2, 72, select_layer=2, levels=(1, 2)),
@@ -170,37 +170,57 @@ models = pytest.mark.parametrize("name", MODELS)
 TOKENS = 4
 
 
-def model_batch(cell: Cell) -> dict[str, Any]:
+def model_batch(cell: Cell, rows: int = ROWS) -> dict[str, Any]:
     """A row an image, whose pixels the step gives to the tower."""
-    side = TOWERS[cell.tower.name].image_size
-    length = TEXT + cell.compressor.visual_tokens
-    rows = {name: integers(ROWS, length) for name in ("tokens", "image_slots", "positions", "segment_ids")}
-    targets = {name: integers(ROWS, TARGETS) for name in ("target_positions", "target_ids")}
-    return (
-        rows
-        | targets
-        | {
-            "target_mask": shape(ROWS, TARGETS, dtype=bool),
-            "pixels": shape(ROWS, side, side, 3, dtype=jnp.uint8),
-            "query_tokens": integers(ROWS, QUERY),
-            "query_length": integers(ROWS),
-        }
-    )
+    side, length = TOWERS[cell.tower.name].image_size, TEXT + cell.compressor.visual_tokens
+    of_tokens = ("tokens", "image_slots", "positions", "segment_ids")
+    return {
+        **{name: integers(rows, length) for name in of_tokens},
+        "target_positions": integers(rows, TARGETS),
+        "target_ids": integers(rows, TARGETS),
+        "target_mask": shape(rows, TARGETS, dtype=bool),
+        "query_tokens": integers(rows, QUERY),
+        "query_length": integers(rows),
+        "pixels": shape(rows, side, side, 3, dtype=jnp.uint8),
+    }
 
 
 def with_features(cell: Cell, batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with a tower's outputs in place of pixels."""
     size = TOWERS[cell.tower.name]
-    run, params, pixels = tower_call(size, COMPRESSORS[cell.compressor.name].needs(size, {}))
-    made = jax.eval_shape(run, params, shape(ROWS, *pixels.shape[1:]))
-    return {key: value for key, value in batch.items() if key != "pixels"} | made
+    needs = COMPRESSORS[cell.compressor.name].needs(size, {})
+    run, params, _ = tower_call(size, needs)
+    made = jax.eval_shape(run, params, shape(*batch["pixels"].shape))
+    rest = {name: value for name, value in batch.items() if name != "pixels"}
+    return rest | made | ({"tower": params} if "tower" in needs else {})
 
 
-def model_params(cell: Cell, model: VLM) -> dict[str, Any]:
-    batch = with_features(cell, model_batch(cell))
-    size = TOWERS[cell.tower.name]
-    made: dict[str, Any] = jax.eval_shape(partial(init_params, model, seed=0), batch)
-    return made | {"tower": nn.meta.unbox(abstract_tower(size, (size.num_layers,)))}
+@cache
+def model_params(name: str, tokens: int, family: str, style: str) -> dict[str, Any]:
+    """Shapes of all parts' parameters."""
+    cell = tiny_cell(name, tokens, family, style)
+    init = partial(init_params, training_model(cell, VOCAB), seed=0)
+    made: dict[str, Any] = jax.eval_shape(init, with_features(cell, model_batch(cell)))
+    return made | {"tower": abstract_tower_params(TOWERS[style])}
+
+
+def params_of(cell: Cell) -> dict[str, Any]:
+    own = cell.compressor
+    return model_params(own.name, own.visual_tokens, cell.llm.name, cell.tower.name)
+
+
+def counted_step(cell: Cell, rows: int) -> int:
+    """FLOPs of the loss and its gradients."""
+    cell.train.loss_chunk = rows * TARGETS
+    objective = make_objective(cell, training_model(cell, VOCAB))
+    params, batch = params_of(cell), model_batch(cell, rows)
+    trained = {part: params[part] for part in trained_parts(cell)}
+
+    def loss(trained: Any, params: Any, batch: Any, weights: Any, step: Any) -> Any:
+        return objective(params | trained, batch, weights, step)
+
+    inputs = (trained, params, batch, shape(rows, TARGETS), integers())
+    return lowered_flops(jax.value_and_grad(loss), *inputs, trips=1)
 
 
 STAGES = {
@@ -209,8 +229,6 @@ STAGES = {
     "decoder": {"compressor_rate": 0.0},
     "all": {"tower_rate": 1.0},
 }
-
-
 # Every stage of every model, under the policies in turn.
 STEPS = [
     (name, stage, list(REMAT)[(row + column) % len(REMAT)])
@@ -222,18 +240,19 @@ STEPS = [
 @pytest.mark.parametrize("name, stage, remat", STEPS)
 def test_a_model_s_training_step(name: str, stage: str, remat: str) -> None:
     cell = tiny_cell(name, TOKENS, *MODELS[name])
-    cell.data.features, cell.train.remat, cell.train.loss_chunk = "computed", remat, ROWS * TARGETS
+    cell.data.features, cell.train.remat = "computed", remat
     for field, value in STAGES[stage].items():
         setattr(cell.train, field, value)
-    model = training_model(cell, VOCAB)
-    objective, params, batch = make_objective(cell, model), model_params(cell, model), model_batch(cell)
-    trained = {part: params[part] for part in trained_parts(cell)}
+    wanted = step_flops(cell, VOCAB, Sample(TEXT, TARGETS, QUERY, 1.0))
+    assert counted_step(cell, ROWS) == ROWS * wanted
 
-    def loss(trained: Any, params: Any, batch: Any, weights: Any) -> Any:
-        return objective(params | trained, batch, weights)
 
-    counted = lowered_flops(jax.value_and_grad(loss), trained, params, batch, shape(ROWS, TARGETS), trips=1)
-    assert counted == ROWS * step_flops(cell, VOCAB, Sample(TEXT, TARGETS, QUERY, 1.0))
+@pytest.mark.parametrize("name", [name for name in COMPRESSORS if name not in MODELS])
+def test_every_other_compressor_s_training_step(name: str) -> None:
+    """Of one image: what images share, as the projections of learned queries, a batch computes once."""
+    cell = tiny_cell(name, 16 if name == "mlp" else 4, "qwen2", "siglip")
+    cell.train.tower_rate = 1.0
+    assert counted_step(cell, 1) == step_flops(cell, VOCAB, Sample(TEXT, TARGETS, QUERY, 1.0))
 
 
 @models
@@ -246,7 +265,7 @@ def test_a_model_s_forward_pass(name: str) -> None:
         behind = {part: params[part] for part in ("decoder", "compressor")}
         return model.apply({"params": behind}, model_inputs(batch), batch["target_positions"])
 
-    counted = lowered_flops(run, model_params(cell, model), batch)
+    counted = lowered_flops(run, params_of(cell), batch)
     size = SIZES[cell.llm.name]
     layers = flops.decoder_flops(size, TEXT + TOKENS, 0, causal=False)
     head = flops.head_flops(size, VOCAB, TARGETS)
@@ -265,8 +284,12 @@ def test_a_model_s_prefill_and_one_more_token(name: str) -> None:
     cell, slots = tiny_cell(name, TOKENS, *MODELS[name]), TEXT + TOKENS + 3
     size = SIZES[cell.llm.name]
     model = training_model(cell, VOCAB).clone(layout="loop")
-    batch, params = with_features(cell, model_batch(cell)), model_params(cell, model)
-    params.pop("tower")
+    batch = with_features(cell, model_batch(cell))
+    stacked = params_of(cell)
+    params = {
+        "decoder": jax.eval_shape(unstack, stacked["decoder"]),
+        "compressor": stacked["compressor"],
+    }
     head = flops.head_flops(size, VOCAB, 1)
 
     def prefill(params: Any, batch: Any) -> Any:
