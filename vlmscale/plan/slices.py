@@ -135,9 +135,8 @@ class Slice:
     @property
     def slowest_link(self) -> float:
         """Bytes/s of a device to the others, the network between hosts counted where there are several."""
-        return (
-            self.generation.outside if self.hosts > 1 and self.generation.outside else self.generation.links
-        )
+        own = self.generation
+        return own.outside if self.hosts > 1 and own.outside else own.links
 
 
 def find_slice(name: str) -> Slice:

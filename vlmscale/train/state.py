@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,7 +68,13 @@ def shapes_of_batch(model: VLM) -> dict[str, Any]:
 def boxed_params(model: VLM) -> Params:
     """Shapes and logical axes of decoder and compressor."""
     # Attention has no parameters, and its kernels ask for the devices that they are compiled for.
-    model, batch = model.clone(block_rows=1, attention="xla"), shapes_of_batch(model)
+    plain = model.clone(block_rows=1, attention="xla", remat="block", dtype=jnp.float32)
+    return dict(_boxed_params(plain))
+
+
+@lru_cache(maxsize=64)
+def _boxed_params(model: VLM) -> Params:
+    batch = shapes_of_batch(model)
 
     def inputs(batch: dict[str, Any]) -> Any:
         return model_inputs(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,11 @@ def abstract_tower(size: TowerSize, layers: tuple[int, ...], *, probe: bool = Fa
 
     With `probe` also, under "head", of what the attention of SigLIP's pooling probe reads.
     """
+    return dict(_abstract_tower(size, layers, probe))
+
+
+@lru_cache(maxsize=64)
+def _abstract_tower(size: TowerSize, layers: tuple[int, ...], probe: bool) -> dict[str, Any]:
     pixels = jax.ShapeDtypeStruct((1, size.image_size, size.image_size, 3), jnp.float32)
     boxed = abstract_params(VisionTower(size), pixels, layers=layers)
     if probe:
