@@ -73,7 +73,7 @@ def predict(request: Request) -> Compiled:
     Raises:
       UserError: the mesh cannot hold the cell.
     """
-    make = {"train": _train, "tower": _tower, "generate": _generate}[request.program]
+    make = {"train": predict_training, "tower": _tower, "generate": _generate}[request.program]
     arguments, temporary, code_mib = make(request.cell, request.mesh, request.length)
     limit, code = round(find_slice(request.topology).generation.hbm), round(code_mib * 2**20)
     needed = arguments + temporary + code
@@ -84,7 +84,7 @@ _CODE = {"train": 30, "tower": 4.5, "generate": 2.8}  # MiB of a program; of the
 _TILE = 128  # numbers that a TPU pads the last axis of an array to
 
 
-def _train(cell: Cell, mesh: tuple[int, int, int], length: int) -> tuple[int, int, float]:
+def predict_training(cell: Cell, mesh: tuple[int, int, int], length: int) -> tuple[int, int, float]:
     """Bytes of the arguments, temporaries and code of a training step."""
     where, (data, fsdp, tensor) = abstract_mesh(mesh), mesh
     places, train = training_places(cell, mesh), cell.train
