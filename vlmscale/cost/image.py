@@ -111,6 +111,27 @@ def tower_flops(size: TowerSize, needs: frozenset[str] = frozenset()) -> int:
     return count_flops(run, abstract_tower_params(size), pixels)
 
 
+def compressor_text(kind: str, rows: int, text_tokens: int, width: int, dtype: Any) -> tuple[Any, str]:
+    """Shapes of what a compressor reads beside the features of one image a row, and the method to call.
+
+    Args:
+      kind: `Method.text`.
+      rows: of the batch.
+      text_tokens: T, of each row.
+      width: D of the LLM.
+      dtype: of embeddings.
+    """
+    if kind == "query":
+        return jax.ShapeDtypeStruct((rows, 1, width), dtype), "__call__"
+    if kind != "fusion":
+        return None, "__call__"
+    ids: Any = jax.ShapeDtypeStruct((rows, text_tokens), np.int32)
+    embeddings: Any = jax.ShapeDtypeStruct((rows, text_tokens, width), dtype)
+    readable: Any = jax.ShapeDtypeStruct(ids.shape, bool)
+    images: Any = jax.ShapeDtypeStruct((rows, 1), np.int32)
+    return FusionText(embeddings, readable, ids, images), "fuse"
+
+
 @lru_cache(maxsize=256)
 def _compressor(
     name: str, options: str, visual_tokens: int, largest: int, tower: str, llm: str, text_tokens: int
@@ -126,19 +147,8 @@ def _compressor(
         tower_size=size,
         largest=largest,
     )
-    method = COMPRESSORS[name]
-    needs = method.needs(size, chosen)
-    features = abstract_features(size, needs)
-    inputs: tuple[Any, ...] = (features, None)
-    call = "__call__"
-    if method.text == "query":
-        inputs = (features, jax.ShapeDtypeStruct((1, 1, decoder.width), np.float32))
-    if method.text == "fusion":
-        ids: Any = jax.ShapeDtypeStruct((1, text_tokens), np.int32)
-        embeddings: Any = jax.ShapeDtypeStruct((1, text_tokens, decoder.width), np.float32)
-        readable: Any = jax.ShapeDtypeStruct(ids.shape, bool)
-        images: Any = jax.ShapeDtypeStruct((1, 1), np.int32)
-        inputs, call = (features, FusionText(embeddings, readable, ids, images)), "fuse"
+    text, call = compressor_text(COMPRESSORS[name].text, 1, text_tokens, decoder.width, np.float32)
+    inputs = abstract_features(size, COMPRESSORS[name].needs(size, chosen)), text
 
     def run(params: dict[str, Any], *arrays: Any) -> Any:
         return module.apply({"params": params}, *arrays, method=call)

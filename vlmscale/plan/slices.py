@@ -9,6 +9,7 @@ import difflib
 import math
 from dataclasses import dataclass
 
+from vlmscale.cost.peak import find_device
 from vlmscale.errors import UserError
 
 _GB, _GIB = 1e9, 2**30
@@ -53,15 +54,19 @@ class Generation:
     host: int = 4
 
 
-# cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x: HBM and its bandwidth, and interconnect, of a chip; the
-# interconnect is given in both directions together.
+def _bandwidth(name: str) -> float:
+    return find_device(name).bandwidth
+
+
+# cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x: HBM and interconnect of a chip; the latter is given in
+# both directions together.
 GENERATIONS = {
-    "v4": Generation("v4", "TPU v4", 32 * _GIB, 1228 * _GB, 300 * _GB / 2, _CUBES, cores=True),
-    "v5e": Generation("v5e", "TPU v5 lite", 16 * _GIB, 819 * _GB, 200 * _GB / 2, _FLAT),
-    "v5p": Generation("v5p", "TPU v5", 95 * _GIB, 2765 * _GB, 600 * _GB / 2, _CUBES, cores=True),
-    "v6e": Generation("v6e", "TPU v6 lite", 32 * _GIB, 1640 * _GB, 448 * _GB / 2, _FLAT),
+    "v4": Generation("v4", "TPU v4", 32 * _GIB, _bandwidth("v4"), 300 * _GB / 2, _CUBES, cores=True),
+    "v5e": Generation("v5e", "TPU v5 lite", 16 * _GIB, _bandwidth("v5e"), 200 * _GB / 2, _FLAT),
+    "v5p": Generation("v5p", "TPU v5", 95 * _GIB, _bandwidth("v5p"), 600 * _GB / 2, _CUBES, cores=True),
+    "v6e": Generation("v6e", "TPU v6 lite", 32 * _GIB, _bandwidth("v6e"), 448 * _GB / 2, _FLAT),
     "7x": Generation(
-        "tpu7x", "TPU7x", 192 / 2 * _GIB, 7380 / 2 * _GB, 1200 / 2 * _GB / 2, _CUBES, cores=True, devices=2
+        "tpu7x", "TPU7x", 192 / 2 * _GIB, _bandwidth("7x"), 1200 / 2 * _GB / 2, _CUBES, cores=True, devices=2
     ),
 }
 _SPELLINGS = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "7x", "v7x": "7x"}
