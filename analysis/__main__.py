@@ -16,12 +16,11 @@ EXAMPLE = """examples:
   vlmscale analyze runs/demo --out runs/demo/report
   vlmscale analyze paper-reasoning paper-ocr --out runs/paper
   vlmscale analyze my.csv --text-tokens 80 --gen-tokens 10 --batch 32 --intensity 206 --budget 5e12 --json
+  vlmscale analyze my.csv --cost latency --latency latency.json --text-tokens 50 --gen-tokens 10 --batch 8
 """
 
 
-_FLOPS_OPTIONS = (
-    *("gen_tokens", "system_tokens", "query_pass", "intensity", "tower_flops", "token_flops", "attention"),
-)
+_FLOPS_OPTIONS = ("system_tokens", "query_pass", "intensity", "tower_flops", "token_flops", "attention")
 
 
 def _whole(least: int) -> Any:
@@ -87,13 +86,19 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _cost_arguments(result: argparse.ArgumentParser) -> None:
-    """What an answer is charged, as `cost.FlopsCost` and `cost.LatencyCost` take it."""
+    """What an answer is charged, as the classes of `cost` take it."""
     add = result.add_argument_group("what an answer costs").add_argument
     add(
         "--cost",
         choices=("flops", "latency"),
         default="flops",
-        help="FLOPs by arithmetic, or the rows' latency_ms",
+        help="FLOPs by arithmetic, or milliseconds: the rows' latency_ms, or by --latency",
+    )
+    add(
+        "--latency",
+        metavar="FILE",
+        type=Path,
+        help="what vlmscale bench latency wrote: its model, at --text-tokens, --gen-tokens and --batch",
     )
     add(
         "--text-tokens",
@@ -200,6 +205,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _options(args: argparse.Namespace) -> Any:
     from analysis.cost import FlopsCost
+    from analysis.latency import read_latency
     from analysis.laws import LAWS
     from analysis.study import Options
 
@@ -217,17 +223,31 @@ def _options(args: argparse.Namespace) -> Any:
         attention=args.attention,
     )
     latency = args.cost == "latency"
-    given = [f"--{name.replace('_', '-')}" for name in _FLOPS_OPTIONS if getattr(args, name)]
-    if args.text_tokens is not None:
-        given.append("--text-tokens")
-    if latency and (given or args.batch != 1):
-        raise ValueError(
-            f"--cost latency takes milliseconds as measured; {', '.join(given) or '--batch'} cannot change "
-            "them"
-        )
-    if not args.gen_tokens and (args.intensity or args.batch != 1):
+    if args.latency is not None and not latency:
+        raise ValueError(f"--latency {args.latency}: goes with --cost latency")
+    if latency:
+        _check_latency(args)
+    elif not args.gen_tokens and (args.intensity or args.batch != 1):
         raise ValueError("--batch and --intensity say what decoding costs; give --gen-tokens too")
-    return Options(laws, args.bootstrap, args.seed, args.loss, cost, latency, tuple(args.budget))
+    timed = read_latency(args.latency, "size") if args.latency is not None else None
+    return Options(laws, args.bootstrap, args.seed, args.loss, cost, latency, timed, tuple(args.budget))
+
+
+def _check_latency(args: argparse.Namespace) -> None:
+    """Refuse what cannot change milliseconds: FLOPs options, and without a model also tokens and batch."""
+    given = [f"--{name.replace('_', '-')}" for name in _FLOPS_OPTIONS if getattr(args, name)]
+    if args.latency is not None and given:
+        raise ValueError(
+            f"--latency {args.latency}: is a model of milliseconds; {given[0]} cannot change them"
+        )
+    given += ["--gen-tokens"] if args.gen_tokens else []
+    given += ["--text-tokens"] if args.text_tokens is not None else []
+    given += ["--batch"] if args.batch != 1 else []
+    if args.latency is None and given:
+        raise ValueError(
+            f"--cost latency takes milliseconds as measured; {', '.join(given)} cannot change them without "
+            "--latency FILE"
+        )
 
 
 def _line(group: dict[str, Any]) -> str:

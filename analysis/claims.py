@@ -44,6 +44,11 @@ def claims(studies: list[Study]) -> list[Block]:
     return [*blocks, Heading("Why the intervals are what they are", 3), Bullets(tuple(weak))]
 
 
+def _flops(study: Study) -> float:
+    """The study's budget, which the claims take in FLOPs also where an answer is charged milliseconds."""
+    return study.budget if isinstance(study.cost, FlopsCost) else 1e12
+
+
 def _tokens_at(law: LawStudy, q: float) -> np.ndarray:
     limits = float(law.fit.table.v.min()), float(law.fit.table.v.max())
     return best_tokens(law.fit, law.replicates.theta, FlopsCost(q), 1e12, *limits)
@@ -62,7 +67,7 @@ def _reasoning(study: Study) -> list[tuple[str, str, str]]:
     assert law is not None
     at_zero, at_fifty = (
         _tokens_at(law, 0.0),
-        optimum(law.fit, FlopsCost(_TEXT_TOKENS), study.budget, law.replicates),
+        optimum(law.fit, FlopsCost(_TEXT_TOKENS), _flops(study), law.replicates),
     )
     assert at_fifty is not None
     forms = [float(np.exp(x)) for x in _form_spread(study)]
@@ -157,7 +162,9 @@ def _literal(study: Study) -> tuple[str, str, str]:
     law = LAWS["log_linear"]
     plain, shifted = fit(law, study.table), fit(law, study.table, shift=_TEXT_TOKENS)
     deviance = study.table.n.size * np.log(shifted.sse / plain.sse)
-    v = float(best_tokens(shifted, shifted.theta[None], FlopsCost(_TEXT_TOKENS), study.budget, 1.0, 576.0)[0])
+    v = float(
+        best_tokens(shifted, shifted.theta[None], FlopsCost(_TEXT_TOKENS), _flops(study), 1.0, 576.0)[0]
+    )
     return (
         "The law reads T = Q + V (as printed; the released code fits T = V)",
         f"with T = V + 50 the best V would be {v:.0f} at every Q, so the claim at Q = 50 follows from T = V "

@@ -1,4 +1,6 @@
-"""What an answer costs: FLOPs by arithmetic, or latency as measured. Laws read V; costs read Q + V.
+"""What an answer costs: FLOPs by arithmetic, or latency, as measured in the sweep or by a model of latencies.
+
+Laws read V; costs read Q + V.
 
 A cost is a function of (n, v) and knows which n a budget buys at a given v. Source: section 3 of arXiv
 2411.03312 for N(Q + V); the other terms are the standard counts (2 FLOPs a parameter and token, attention 2 L
@@ -13,9 +15,8 @@ import numpy as np
 from scipy.optimize import nnls
 
 from analysis.data import DataError, Table
+from analysis.latency import ASPECT, FittedLatency
 from analysis.units import significant
-
-ASPECT = 128.0  # width over depth of a usual decoder; with n = 12 L d^2 it gives both from n
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ class LatencyCost:
         return f"measured latency in ms (its fitted surface is within {100 * self.worst:.0f}% of every cell)"
 
 
-Cost = FlopsCost | LatencyCost
+Cost = FlopsCost | LatencyCost | FittedLatency
 
 
 def latency_cost(table: Table) -> LatencyCost:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.bootstrap import Replicates, percentile_interval
-from analysis.cost import Cost, FlopsCost
+from analysis.cost import Cost, FlopsCost, LatencyCost
 from analysis.data import Table
 from analysis.fit import Fit
 
@@ -198,9 +198,9 @@ def measured_pick(table: Table, budget: float, cost: Cost) -> Pick | None:
 
 
 def measured_cost(table: Table, cost: Cost) -> np.ndarray:
-    """[cells] cost of each cell: its own latency where that was measured, else by the cost's formula."""
+    """[cells] cost of each cell by the formula; of measured latency the cell's own where it has one."""
     price = cost(table.n, table.v)
-    if isinstance(cost, FlopsCost):
+    if not isinstance(cost, LatencyCost):
         return price
     return np.where(np.isfinite(table.latency_ms), table.latency_ms, price)
 

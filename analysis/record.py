@@ -25,8 +25,10 @@ from analysis.validate import akaike_weights
 
 _CELL = (
     *("n", "n_nonembed", "v", "error", "n_items", "sampling_sd", "chance", "text_tokens", "gen_tokens"),
-    *("infer_flops", "latency_ms", "seeds"),
+    *("infer_flops", "tower_flops", "compressor_flops", "query_flops", "latency_ms", "seeds"),
 )
+_DRAWS = 400  # resamples of the chosen law that are kept: a percentile of 2.5% is then that of ten of them
+_DIGITS = 7
 
 
 def analysis_record(analysis: Analysis) -> dict[str, Any]:
@@ -107,6 +109,7 @@ def study_record(study: Study, warn: bool = True) -> dict[str, Any]:
         "refused_laws": dict(study.refused),
         "no_fit": study.no_fit,
         "best_law": best.fit.law.name if best else None,
+        "prediction": _prediction(best) if best else None,
         "optimum": {"identified": study.identified, **_optimum(study.optimum)} if study.optimum else None,
         "averaged": plain(study.averaged),
         "cost": {
@@ -197,6 +200,18 @@ def _law(law: LawStudy, weight: float) -> dict[str, Any]:
         "param_intervals": _param_intervals(law),
     }
     return {**record, "lam_ci": plain(law.bend)} if law.bend is not None else record
+
+
+def _prediction(law: LawStudy) -> dict[str, Any]:
+    """What predicts errors and their uncertainty anywhere: the law's centred coordinates, and resamples."""
+    frame, draws = law.fit.cells.frame, law.replicates.theta[:_DRAWS]
+    return {
+        "law": law.fit.law.name,
+        "centre_ln_n": frame.ln_n,
+        "centre_ln_v": frame.ln_v,
+        "theta": plain(law.fit.theta.tolist()),
+        "draws": [[float(f"{x:.{_DIGITS}g}") for x in row] for row in draws if np.isfinite(row).all()],
+    }
 
 
 def _param_intervals(law: LawStudy) -> dict[str, Any]:

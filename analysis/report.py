@@ -387,7 +387,7 @@ def _words(options: Options) -> str:
     if options.loss != "raw":
         words.append(f"--loss {options.loss}")
     if options.latency:
-        words.append("--cost latency")
+        words.append("--cost latency" + (f" --latency {options.timed.source}" if options.timed else ""))
     names = {"fixed_flops": "tower-flops", "flops_per_token": "token-flops"}
     usual = FlopsCost(math.nan)
     for item in fields(FlopsCost):

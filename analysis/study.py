@@ -19,6 +19,7 @@ from analysis.data import BUILT_IN, Dataset, Table, load
 from analysis.design import Design, design
 from analysis.evidence import Falling, at_chance, blind_gain, iso_cost_pairs, monotonicity
 from analysis.fit import MANY_CELLS, Fit, f_test, fit, why_no_fit
+from analysis.latency import FittedLatency
 from analysis.laws import LAWS, LOGIT_INTERACTION
 from analysis.mixed import Mixed, mixed_interval
 from analysis.optimum import (
@@ -48,8 +49,8 @@ PAPER_ORIGIN = "arXiv 2411.03312"
 class Options:
     """What a user chooses: laws by name, resamples, seed, loss, how an answer is charged, budgets.
 
-    cost.text_tokens NaN: the data's own mean, or the paper's 50. latency: charge measured milliseconds
-    instead.
+    cost.text_tokens NaN: the data's own mean, or the paper's 50. latency: charge milliseconds instead, those
+    measured in the sweep, or by the model `timed` for the tokens and the batch of `cost`.
     """
 
     laws: tuple[str, ...] = tuple(LAWS)
@@ -58,6 +59,7 @@ class Options:
     loss: str = "raw"
     cost: FlopsCost = field(default_factory=lambda: FlopsCost(float("nan")))
     latency: bool = False
+    timed: FittedLatency | None = None
     budgets: tuple[float, ...] = ()
 
 
@@ -169,7 +171,10 @@ def study(table: Table, origin: str, options: Options) -> Study:
     if math.isfinite(options.cost.text_tokens):
         q, measured = options.cost.text_tokens, True
     cost: Cost = replace(options.cost, text_tokens=q)
-    if options.latency and table.n.size:
+    if options.latency and options.timed is not None:
+        asked = options.cost
+        cost = replace(options.timed, text_tokens=q, gen_tokens=asked.gen_tokens, batch=asked.batch)
+    elif options.latency and table.n.size:
         cost = latency_cost(table)
     base = Study(table, origin, options, cost, q, measured, why_no_fit(table), math.nan)
     if not table.n.size:

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmscale import __version__
+from vlmscale.cli_advise import add_advise
+from vlmscale.cli_bench import add_bench
 from vlmscale.cli_data import add_data
 from vlmscale.cli_evaluate import DTYPES, add_distributed, add_evaluate
 from vlmscale.cli_plan import add_plan
@@ -70,7 +72,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         code: int = arguments.run(arguments, overrides)
         return code
     except UserError as error:
-        what = f" {arguments.what}" if arguments.command == "data" else ""
+        what = f" {arguments.what}" if arguments.command in ("data", "bench") else ""
         print(f"vlmscale {arguments.command}{what}: {error}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
@@ -128,6 +130,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_evaluate(commands)
     add_plan(commands)
+    add_bench(commands)
+    add_advise(commands)
     _add_convert(commands)
     add_data(commands)
     _add_sweep(commands)

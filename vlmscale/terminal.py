@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from vlmscale.errors import UserError
+
 Command = Callable[[argparse.Namespace, list[str]], int]
 
 
@@ -42,3 +44,30 @@ def progress_bar() -> Callable[[str, int, int], None]:
 def tell(line: str) -> None:
     """Say something on the way; results alone go to stdout."""
     print(line, file=sys.stderr)
+
+
+def whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """The numbers of an option such as `--batch 1,8`, in their order, each once.
+
+    Raises:
+      UserError: there are none, or one is not whole or not above 0.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise UserError(f"{option} is empty; give counts such as 1,16")
+    for word in words:
+        if not word.isdecimal() or int(word) < 1:
+            raise UserError(f"{option} {text}: {word!r} is no whole number above 0; give counts such as 1,16")
+    return tuple(dict.fromkeys(map(int, words)))
+
+
+def names(text: str, option: str) -> tuple[str, ...]:
+    """The names of an option such as `--llm A,B`, in their order, each once.
+
+    Raises:
+      UserError: there are none.
+    """
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not words:
+        raise UserError(f"{option} is empty; give names with commas between them")
+    return tuple(dict.fromkeys(words))

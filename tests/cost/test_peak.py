@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from vlmscale.cost.peak import peak_flops
+from vlmscale.cost.peak import find_device, peak_flops
+from vlmscale.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,34 @@ def test_dense_rate_of_one_device(kind: str, dtype: str, teraflops: float) -> No
 )
 def test_what_is_not_known(kind: str, dtype: str) -> None:
     assert peak_flops(kind, dtype) is None
+
+
+@pytest.mark.parametrize(
+    "name, kind, gigabytes",
+    [
+        ("a100-40gb", "NVIDIA A100-SXM4-40GB", 1555),
+        ("a100-80gb", "NVIDIA A100-SXM4-80GB", 2039),
+        ("h100", "NVIDIA H100 80GB HBM3", 3350),
+        ("H200", "NVIDIA H200", 4800),
+        ("NVIDIA H200", "NVIDIA H200", 4800),
+        ("b200", "NVIDIA B200", 8000),
+        ("l4", "NVIDIA L4", 300),
+        ("v100", "Tesla V100-SXM2-32GB", 900),
+        ("v2", "TPU v2", 350),  # a core; a chip has two
+        ("v5e", "TPU v5 lite", 819),
+        ("v6e", "TPU v6 lite", 1640),
+        ("7x", "TPU7x", 3690),
+    ],
+)
+def test_a_device_by_its_name(name: str, kind: str, gigabytes: float) -> None:
+    device = find_device(name)
+    assert (device.kind, device.bandwidth) == (kind, gigabytes * 1e9)
+    assert device.flops == peak_flops(kind, "float16" if "V100" in kind else "bfloat16")
+
+
+def test_an_unknown_device() -> None:
+    with pytest.raises(UserError, match=r"--device h300: unknown; there are a100-40gb, .*\(did you mean h"):
+        find_device("h300")
 
 
 def test_it_needs_no_jax() -> None:

@@ -142,16 +142,7 @@ class CompressorCall(NamedTuple):
         )
         method = COMPRESSORS[self.name]
         features = abstract_features(size, method.needs(size, chosen))
-        text: Any = None
-        call = "__call__"
-        if method.text == "query":
-            text = jax.ShapeDtypeStruct((1, 1, decoder.width), np.float32)
-        if method.text == "fusion":
-            ids: Any = jax.ShapeDtypeStruct((1, self.text_tokens), np.int32)
-            embeddings: Any = jax.ShapeDtypeStruct((1, self.text_tokens, decoder.width), np.float32)
-            readable: Any = jax.ShapeDtypeStruct(ids.shape, bool)
-            images: Any = jax.ShapeDtypeStruct((1, 1), np.int32)
-            text, call = FusionText(embeddings, readable, ids, images), "fuse"
+        text, call = compressor_text(method.text, 1, self.text_tokens, decoder.width, np.float32)
 
         def run(params: dict[str, Any], features: Features, text: Any) -> Any:
             return module.apply({"params": params}, features, text, method=call)
@@ -165,6 +156,27 @@ def compressor_call(cell: Cell, visual_tokens: int, text_tokens: int) -> Compres
     return CompressorCall(
         own.name, own.options, visual_tokens, own.visual_tokens, cell.tower.name, cell.llm.name, text_tokens
     )
+
+
+def compressor_text(kind: str, rows: int, text_tokens: int, width: int, dtype: Any) -> tuple[Any, str]:
+    """Shapes of what a compressor reads beside the features of one image a row, and the method to call.
+
+    Args:
+      kind: `Method.text`.
+      rows: of the batch.
+      text_tokens: T, of each row.
+      width: D of the LLM.
+      dtype: of embeddings.
+    """
+    if kind == "query":
+        return jax.ShapeDtypeStruct((rows, 1, width), dtype), "__call__"
+    if kind != "fusion":
+        return None, "__call__"
+    ids: Any = jax.ShapeDtypeStruct((rows, text_tokens), np.int32)
+    embeddings: Any = jax.ShapeDtypeStruct((rows, text_tokens, width), dtype)
+    readable: Any = jax.ShapeDtypeStruct(ids.shape, bool)
+    images: Any = jax.ShapeDtypeStruct((rows, 1), np.int32)
+    return FusionText(embeddings, readable, ids, images), "fuse"
 
 
 @lru_cache(maxsize=256)

@@ -1,4 +1,4 @@
-"""Peak dense matrix-product rates of accelerators, as their vendors publish them.
+"""Peak dense matrix-product rates and memory bandwidths of accelerators, as their vendors publish them.
 
 Figures are FLOP/s of one jax device, two per multiply-add, without structured sparsity: where a datasheet
 gives the sparse rate alone, half of it. Keys are what jax calls the device: CUDA's name of a GPU, exactly (a
@@ -6,6 +6,11 @@ slice of a GPU has a name of its own and is not in the table), and libtpu's name
 """
 
 from __future__ import annotations
+
+import difflib
+from typing import NamedTuple
+
+from vlmscale.errors import UserError
 
 _T = 1e12
 
@@ -67,6 +72,87 @@ _PEAKS: dict[str, dict[str, float]] = {
     "TPU v6e": _tpu(918),
     "TPU7x": _tpu(2307, devices=2),  # .../tpu7x
 }
+
+_GB = 1e9
+# Bytes/s of one jax device. GPUs: the datasheets named above, but of B200 that of DGX B200 (64 TB/s of 8
+# GPUs). TPUs: the pages named above, a chip; v2 and v3: Jouppi et al., 700 and 900 GB/s a chip of two
+# devices.
+_BANDWIDTHS: dict[str, float] = {
+    "NVIDIA A100-SXM4-40GB": 1555 * _GB,
+    "NVIDIA A100-SXM4-80GB": 2039 * _GB,
+    "NVIDIA A100-PCIE-40GB": 1555 * _GB,
+    "NVIDIA A100 80GB PCIe": 1935 * _GB,
+    "NVIDIA H100 80GB HBM3": 3350 * _GB,
+    "NVIDIA H100 PCIe": 2000 * _GB,
+    "NVIDIA H100 NVL": 3900 * _GB,
+    "NVIDIA H200": 4800 * _GB,
+    "NVIDIA H200 NVL": 4800 * _GB,
+    "NVIDIA B200": 64_000 / 8 * _GB,
+    "NVIDIA L4": 300 * _GB,
+    "NVIDIA L40S": 864 * _GB,
+    "NVIDIA A10": 600 * _GB,
+    "Tesla V100-SXM2-16GB": 900 * _GB,
+    "Tesla V100-SXM2-32GB": 900 * _GB,
+    "Tesla V100-PCIE-16GB": 900 * _GB,
+    "Tesla V100-PCIE-32GB": 900 * _GB,
+    "Tesla V100S-PCIE-32GB": 1134 * _GB,
+    "TPU v2": 700 / 2 * _GB,
+    "TPU v3": 900 / 2 * _GB,
+    "TPU v4": 1228 * _GB,
+    "TPU v5 lite": 819 * _GB,
+    "TPU v5": 2765 * _GB,
+    "TPU v6 lite": 1640 * _GB,
+    "TPU7x": 7380 / 2 * _GB,
+}
+
+# What people call them; of a GPU with several boards the name alone is the SXM one.
+_NAMES = {
+    "a100-40gb": "NVIDIA A100-SXM4-40GB",
+    "a100-80gb": "NVIDIA A100-SXM4-80GB",
+    "a100-pcie-40gb": "NVIDIA A100-PCIE-40GB",
+    "a100-pcie-80gb": "NVIDIA A100 80GB PCIe",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h100-pcie": "NVIDIA H100 PCIe",
+    "h100-nvl": "NVIDIA H100 NVL",
+    "h200": "NVIDIA H200",
+    "h200-nvl": "NVIDIA H200 NVL",
+    "b200": "NVIDIA B200",
+    "l4": "NVIDIA L4",
+    "l40s": "NVIDIA L40S",
+    "a10": "NVIDIA A10",
+    "v100": "Tesla V100-SXM2-32GB",
+    "v100s": "Tesla V100S-PCIE-32GB",
+    "v2": "TPU v2",
+    "v3": "TPU v3",
+    "v4": "TPU v4",
+    "v5e": "TPU v5 lite",
+    "v5p": "TPU v5",
+    "v6e": "TPU v6 lite",
+    "7x": "TPU7x",
+}
+
+
+class Device(NamedTuple):
+    """What one jax device does at most: FLOP/s of half precision, and bytes/s from its memory."""
+
+    kind: str
+    flops: float
+    bandwidth: float
+
+
+def find_device(name: str) -> Device:
+    """The device of a short name such as h200 or v5e, or of what jax calls it.
+
+    Raises:
+      UserError: there is none; the line lists what there is.
+    """
+    kind = _NAMES.get(name.strip().lower(), name.strip())
+    if kind not in _BANDWIDTHS:
+        near = difflib.get_close_matches(name.strip().lower(), _NAMES, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise UserError(f"--device {name}: unknown; there are {', '.join(_NAMES)}{hint}")
+    half = peak_flops(kind, "bfloat16") or _PEAKS[kind]["float16"]  # V100 has no bfloat16
+    return Device(kind, half, _BANDWIDTHS[kind])
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:

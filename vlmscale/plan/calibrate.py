@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmscale.config import Cell
+from vlmscale.cost.peak import Device
 from vlmscale.errors import UserError
 from vlmscale.plan.abstract import abstract_batch, vocab_rows
 from vlmscale.plan.fit import trials
@@ -67,13 +68,14 @@ def place_here() -> Slice:
     if devices[0].platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         flops, copied = ceilings()
-        own = Generation("", kind, memory / count, copied, copied, {count: str(count)}, measured=flops)
+        device = Device(kind, flops / count, copied / count)
+        own = Generation(device, "", memory / count, copied, {count: str(count)}, host=count)
         return Slice(f"{kind}-{count}", own, str(count))
     for name, generation in GENERATIONS.items():
-        if generation.kind == kind:
+        if generation.device.kind == kind:
             chips = count // generation.devices
             return Slice(f"{name}-{count}", generation, str(chips))
-    known = ", ".join(sorted({generation.kind for generation in GENERATIONS.values()}))
+    known = ", ".join(sorted({generation.device.kind for generation in GENERATIONS.values()}))
     raise UserError(f"this device is a {kind}, of which no rates are known here; there are {known}")
 
 

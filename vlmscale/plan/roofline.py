@@ -110,8 +110,8 @@ def step_time(
     flops = flops_of_step(cell, row_length)
     return StepTime(
         flops,
-        flops / (devices * generation.peak * shares.products),
-        2 * needed * cell.train.accumulate / (generation.bandwidth * shares.memory),
+        flops / (devices * generation.device.flops * shares.products),
+        2 * needed * cell.train.accumulate / (generation.device.bandwidth * shares.memory),
         sent_bytes(cell, mesh, row_length) / (place.slowest_link * shares.links),
     )
 
@@ -137,4 +137,4 @@ def tower_time(cell: Cell, place: Slice, shares: Efficiencies | None = None) -> 
     """Seconds that a step's pictures take in a frozen tower, bound by products."""
     shares = shares or Efficiencies()
     flops = cell.train.batch_size * tower_flops(TOWERS[cell.tower.name], needs_of(cell))
-    return flops / (place.devices * place.generation.peak * shares.products)
+    return flops / (place.devices * place.generation.device.flops * shares.products)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
+from typing import Any
 
-from vlmscale.cost.peak import peak_flops
+from vlmscale.cost.peak import Device, find_device
 from vlmscale.errors import UserError
 
 _GB, _GIB = 1e9, 2**30
@@ -30,38 +31,29 @@ _CUBES = {
 
 @dataclass(frozen=True)
 class Generation:
-    """What a TPU generation is.
+    """What a kind of device is.
 
     Attributes:
-      libtpu: its name in libtpu's topologies.
-      kind: what jax calls a device, as in `vlmscale.cost.peak`.
+      device: what jax calls it, its FLOP/s and the bytes/s of its memory.
+      libtpu: its name in libtpu's topologies; "" of what is no TPU.
       hbm: bytes of a device's memory that a program may take.
-      bandwidth: of that memory, bytes/s.
       links: bytes/s that a device sends to its neighbours at most, all links one way.
       slices: topology by the number in a slice's name.
-      outside: the same to devices of other hosts, where that is another network; 0 where it is not.
-      measured: FLOP/s of a device that no vendor publishes, as a CPU's; 0 for those of `vlmscale.cost.peak`.
       cores: whether that number counts cores, two a chip.
       devices: jax devices of a chip.
       host: chips of a host.
+      outside: as `links`, to devices of other hosts, where that is another network; 0 where it is not.
     """
 
+    device: Device
     libtpu: str
-    kind: str
     hbm: float
-    bandwidth: float
     links: float
     slices: dict[int, str]
     cores: bool = False
     devices: int = 1
     host: int = 4
     outside: float = 0.0
-    measured: float = 0.0
-
-    @property
-    def peak(self) -> float:
-        """FLOP/s of a device in bfloat16."""
-        return self.measured or peak_flops(self.kind, "bfloat16") or 0.0
 
     @property
     def gpu(self) -> bool:
@@ -69,36 +61,37 @@ class Generation:
         return not self.libtpu
 
 
-# cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x: bandwidth and interconnect of a chip; the interconnect
-# is given in both directions together. HBM is what libtpu 0.0.42 says that a program may take of a device,
-# 0.25 to 1.25 GiB less than there is.
-GENERATIONS = {
-    "v4": Generation("v4", "TPU v4", 30.75 * _GIB, 1228 * _GB, 300 * _GB / 2, _CUBES, cores=True),
-    "v5e": Generation("v5e", "TPU v5 lite", 15.75 * _GIB, 819 * _GB, 200 * _GB / 2, _FLAT),
-    "v5p": Generation("v5p", "TPU v5", 95.74 * _GIB, 2765 * _GB, 600 * _GB / 2, _CUBES, cores=True),
-    "v6e": Generation("v6e", "TPU v6 lite", 31.25 * _GIB, 1640 * _GB, 448 * _GB / 2, _FLAT),
-    "7x": Generation(
-        "tpu7x", "TPU7x", 94.75 * _GIB, 7380 / 2 * _GB, 1200 / 2 * _GB / 2, _CUBES, cores=True, devices=2
-    ),
-}
+def _tpu(name: str, libtpu: str, gib: float, gbps: float, slices: dict[int, str], **more: Any) -> Generation:
+    """A TPU by its memory in GiB and its interconnect in GB/s, all links, both directions together."""
+    return Generation(find_device(name), libtpu, gib * _GIB, gbps / 2 * _GB, slices, **more)
+
+
+def _gpu(name: str, gib: float, gbps: float) -> Generation:
+    """A GPU by its memory in GiB and what it sends to others in its host, in GB/s.
+
+    Of the memory jax takes what XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 lets it. Between hosts 400 Gbit/s, as in
+    DGX systems.
+    """
+    device, outside = find_device(name), 400 / 8 * _GB
+    return Generation(device, "", 0.92 * gib * _GIB, gbps * _GB, _GPUS, host=8, outside=outside)
+
+
 _GPUS = {number: str(number) for number in (1, 2, 4, 8, *(8 * 2**power for power in range(1, 8)))}
-
-
-def _gpu(kind: str, gib: float, bandwidth: float, links: float) -> Generation:
-    """A GPU of so much memory, of which jax takes what XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 lets it."""
-    hbm, outside = 0.92 * gib * _GIB, 400 / 8 * _GB
-    return Generation("", kind, hbm, bandwidth * _GB, links * _GB, _GPUS, host=8, outside=outside)
-
-
-# NVIDIA's datasheets: A100 (1758950), H100, H200, HGX B200, L40S. Memory in GiB is what nvidia-smi shows;
-# NVLink in GB/s one way, of L40S PCIe. Between hosts 400 Gbit/s a GPU, as DGX systems have.
-GENERATIONS |= {
-    "a100-40gb": _gpu("NVIDIA A100-SXM4-40GB", 40, 1555, 300),
-    "a100-80gb": _gpu("NVIDIA A100-SXM4-80GB", 80, 2039, 300),
-    "h100": _gpu("NVIDIA H100 80GB HBM3", 79.6, 3350, 450),
-    "h200": _gpu("NVIDIA H200", 140.4, 4800, 450),
-    "b200": _gpu("NVIDIA B200", 179, 8000, 900),
-    "l40s": _gpu("NVIDIA L40S", 45, 864, 32),
+# TPUs: interconnect of a chip, cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; memory is what libtpu
+# 0.0.42 says that a program may take of a device, 0.25 to 1.25 GiB less than there is. GPUs: memory as
+# nvidia-smi shows it; NVLink of NVIDIA's datasheets (A100, H100, H200, HGX B200), of L40S PCIe.
+GENERATIONS = {
+    "v4": _tpu("v4", "v4", 30.75, 300, _CUBES, cores=True),
+    "v5e": _tpu("v5e", "v5e", 15.75, 200, _FLAT),
+    "v5p": _tpu("v5p", "v5p", 95.74, 600, _CUBES, cores=True),
+    "v6e": _tpu("v6e", "v6e", 31.25, 448, _FLAT),
+    "7x": _tpu("7x", "tpu7x", 94.75, 1200 / 2, _CUBES, cores=True, devices=2),
+    "a100-40gb": _gpu("a100-40gb", 40, 300),
+    "a100-80gb": _gpu("a100-80gb", 80, 300),
+    "h100": _gpu("h100", 79.6, 450),
+    "h200": _gpu("h200", 140.4, 450),
+    "b200": _gpu("b200", 179, 900),
+    "l40s": _gpu("l40s", 45, 32),
 }
 _SPELLINGS = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "7x", "v7x": "7x"}
 

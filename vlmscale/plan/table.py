@@ -123,7 +123,7 @@ def plan(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     fits = [future.result() for future in futures]
-    shares = {place.name: (calibration or {}).get(place.generation.kind) for place in slices}
+    shares = {place.name: (calibration or {}).get(place.generation.device.kind) for place in slices}
     rows = [
         _row(cell, place, fit, prices, shares[place.name])
         for (_, cell, place), fit in zip(jobs, fits, strict=True)

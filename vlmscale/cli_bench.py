@@ -1,0 +1,126 @@
+"""`vlmscale bench latency`: what answers take on this device. Heavy imports happen inside the command."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from vlmscale.errors import UserError
+from vlmscale.terminal import add_command, names, progress_bar, tell, whole_numbers
+
+
+def add_bench(commands: Any) -> None:
+    """Declare it."""
+    bench = commands.add_parser("bench", help="time this device").add_subparsers(dest="what", required=True)
+    latency = add_command(
+        bench,
+        "latency",
+        _latency,
+        "time prefill, decoding, tower and compressor with random weights, and fit a model to the times",
+        "vlmscale bench latency --llm qwen1.5-0.5b,qwen1.5-1.8b --visual-tokens 1,16,144,576 --text-tokens 50"
+        " --batch 1,8 --out latency.json",
+    )
+    add = latency.add_argument
+    add("--llm", required=True, metavar="NAMES", help="sizes such as qwen1.5-0.5b,toy-375k")
+    add("--visual-tokens", required=True, metavar="V", help="counts such as 1,16,144")
+    add("--text-tokens", required=True, metavar="Q", help="text tokens of the prompt, such as 50,200")
+    add("--batch", default="1", metavar="B", help="answers at once, such as 1,8 (default 1)")
+    add("--gen-tokens", type=int, default=8, metavar="G", help="tokens of an answer (default 8)")
+    add(
+        "--tower", default="", metavar="NAME", help="time this tower, too, such as clip-vit-large-patch14-336"
+    )
+    add("--compressor", default="", metavar="NAME[:OPTIONS]", help="with --tower: such as pool")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="default float32 on CPU, else bfloat16")
+    add("--attention", default="xla", metavar="BACKEND", help="xla (default), cudnn or splash")
+    add("--repeats", type=int, default=5, help="timings of which the median counts (default 5)")
+    add("--out", type=Path, required=True, metavar="FILE", help="JSON file to write")
+    add("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+
+
+def _latency(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    import jax
+
+    from analysis.latency import FORM, KIND, fit_models
+    from analysis.values import DataError
+    from vlmscale.attention import BACKENDS
+    from vlmscale.evaluate.latency import Grid, measure
+    from vlmscale.records import make_directory, write_json
+
+    if arguments.out.is_dir():
+        raise UserError(f"--out {arguments.out}: is a directory; name the file to write")
+    if arguments.attention not in BACKENDS:
+        raise UserError(f"--attention {arguments.attention}: unknown (known: {', '.join(BACKENDS)})")
+    grid = Grid(
+        names(arguments.llm, "--llm"),
+        whole_numbers(arguments.visual_tokens, "--visual-tokens"),
+        whole_numbers(arguments.text_tokens, "--text-tokens"),
+        whole_numbers(arguments.batch, "--batch"),
+        arguments.gen_tokens,
+        arguments.tower,
+        arguments.compressor,
+        arguments.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"),
+        arguments.attention,
+        arguments.repeats,
+    )
+    make_directory(arguments.out.absolute().parent)
+    bar = progress_bar()
+    measured = measure(grid, lambda done, total: bar("timing", done, total))
+    models, reason = None, None
+    try:
+        models = fit_models(measured["llms"], measured["cells"], grid.dtype)
+    except DataError as error:
+        reason = str(error)
+    result = {"kind": KIND, "version": FORM, **measured, "models": models, "no_fit": reason}
+    write_json(arguments.out, result)
+    tell(f"wrote {arguments.out}")
+    print(json.dumps(result) if arguments.json else _table(result))
+    return 0
+
+
+def _table(result: dict[str, Any]) -> str:
+    """What was timed, what was not, and how well the model fits."""
+    where = f"{result['device']['kind']}, {result['dtype']}, attention {result['attention']}"
+    lines = [
+        f"{where}; milliseconds of a batch",
+        f"{'LLM':18} {'V':>5} {'Q':>5} {'batch':>5} {'prefill':>10} {'a token':>10}",
+    ]
+    for cell in result["cells"]:
+        lines.append(
+            f"{cell['llm_name']:18} {cell['visual_tokens']:5} {cell['text_tokens']:5} {cell['batch']:5} "
+            f"{cell['prefill_ms']:10.3f} {cell['decode_ms']:10.3f}"
+        )
+    images = result["images"] or {"tower_ms": [], "compressor_ms": []}
+    for row in images["tower_ms"]:
+        lines.append(f"{images['tower']}: batch {row['batch']}: {row['ms']:.3f}")
+    by_count: dict[tuple[int, int], list[float]] = {}
+    for row in images["compressor_ms"]:
+        by_count.setdefault((row["batch"], row["visual_tokens"]), []).append(row["ms"])
+    for (batch, count), found in by_count.items():
+        median = statistics.median(found)
+        lines.append(
+            f"{images['compressor']}: V = {count}, batch {batch}: {median:.3f} (median over the LLMs)"
+        )
+    for row in result["failures"]:
+        what = ", ".join(f"{key} {value}" for key, value in row.items() if key != "reason")
+        lines.append(f"not timed: {what}: {row['reason']}")
+    if result["failures"]:
+        lines.append(f"{len(result['failures'])} not timed, {len(result['cells'])} cells timed")
+    return "\n".join(lines + _fits(result))
+
+
+def _fits(result: dict[str, Any]) -> list[str]:
+    if result["models"] is None:
+        return [f"no model of the times: {result['no_fit']}"]
+    lines = [
+        "relative errors of the fitted model: median, worst; on an LLM left out of the fit: median, worst"
+    ]
+    known = {"shape": "shape of the LLM known", "size": "from N alone"}
+    for name, model in result["models"].items():
+        for part, fit in model.items():
+            keys = ("median_error", "worst_error", "left_out_median_error", "left_out_worst_error")
+            errors = " ".join("      -" if fit[key] is None else f"{fit[key]:7.1%}" for key in keys)
+            lines.append(f"  {part:8} {known[name]:24} {errors}")
+    return lines
