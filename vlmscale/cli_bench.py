@@ -1,4 +1,4 @@
-"""`vlmscale bench latency`: what answers take on this device. Heavy imports happen inside the command."""
+"""`vlmscale bench latency|step`: times of this device. Heavy imports happen inside the command."""
 
 from __future__ import annotations
 
@@ -38,6 +38,80 @@ def add_bench(commands: Any) -> None:
     add("--repeats", type=int, default=5, help="timings of which the median counts (default 5)")
     add("--out", type=Path, required=True, metavar="FILE", help="JSON file to write")
     add("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    _add_step(bench)
+
+
+def _add_step(bench: Any) -> None:
+    step = add_command(
+        bench,
+        "step",
+        _step,
+        "time training steps with random weights, calibrate the plan's roofline on the first and compare the "
+        "others; --config.KEY=VALUE overrides",
+        "vlmscale bench step configs/llava_finetune.py:qwen1.5-0.5b,144,tokenpacker "
+        "configs/llava_finetune.py:qwen1.5-1.8b,144,tokenpacker --config.train.batch_size=8 --out h200.json",
+    )
+    add = step.add_argument
+    add("configs", nargs="+", metavar="CONFIG", help="FILE[:ARG]; the first calibrates")
+    add("--length", type=int, metavar="T", help="positions of a row (default: as vlmscale plan has it)")
+    add("--steps", type=int, default=5, help="steps of which the median counts (default 5)")
+    add("--out", type=Path, metavar="FILE", help="JSON file for vlmscale plan --calibration")
+    add("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    step.set_defaults(takes_config=True)
+
+
+def _step(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.loading import load_cell
+    from vlmscale.plan.calibrate import calibrate, compare, place_here, time_step
+    from vlmscale.plan.fit import lengths_of
+    from vlmscale.records import make_directory, write_json
+
+    if arguments.steps < 1:
+        raise UserError(f"--steps={arguments.steps}: must be above 0")
+    cells = [load_cell(config, overrides) for config in arguments.configs]
+    lengths = [arguments.length or lengths_of(cell).row for cell in cells]
+    for cell, length in zip(cells, lengths, strict=True):
+        most = cell.compressor.visual_tokens
+        if length <= most + 1:
+            raise UserError(f"--length={length}: leaves no text behind the {most} visual tokens")
+    place, bar, timed = place_here(), progress_bar(), []
+    for number, (cell, length) in enumerate(zip(cells, lengths, strict=True), 1):
+        timed.append(time_step(cell, place, length, arguments.steps))
+        bar("timing", number, len(cells))
+    shares = calibrate(timed[0], place)
+    kind = place.generation.device.kind
+    result = {
+        "device": kind,
+        "devices": place.devices,
+        "efficiencies": {kind: shares._asdict()},
+        "cells": compare(timed, place, shares),
+    }
+    if arguments.out:
+        make_directory(arguments.out.absolute().parent)
+        write_json(arguments.out, result)
+        tell(f"wrote {arguments.out}")
+    print(json.dumps(result) if arguments.json else _steps(result))
+    return 0
+
+
+def _steps(result: dict[str, Any]) -> str:
+    """Measured beside predicted, the calibrating cell first."""
+    shares = result["efficiencies"][result["device"]]
+    lines = [
+        f"{result['devices']} x {result['device']}; "
+        + ", ".join(f"{name} at {share:.0%}" for name, share in shares.items()),
+        f"{'LLM':18} {'V':>4} {'batch':>5} {'T':>5} {'step s':>8} {'predicted':>9} {'error':>6} {'bound':>8} "
+        f"{'GiB':>7} {'peak':>7} {'predicted':>9}",
+    ]
+    for row in result["cells"]:
+        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}"
+        lines.append(
+            f"{row['llm']:18} {row['visual_tokens']:4} {row['batch_size']:5} {row['length']:5} "
+            f"{row['measured_s']:8.3f} {row['predicted_s']:9.3f} "
+            f"{row['predicted_s'] / row['measured_s'] - 1:6.0%} {row['bound']:>8} "
+            f"{row['compiler_bytes'] / 2**30:7.2f} {peak:>7} {row['predicted_bytes'] / 2**30:9.2f}"
+        )
+    return "\n".join(lines)
 
 
 def _latency(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -27,6 +27,7 @@ from vlmscale.plan.roofline import Efficiencies, StepTime, step_time
 from vlmscale.plan.slices import GENERATIONS, Generation, Slice
 from vlmscale.sharding import make_mesh
 from vlmscale.train.program import Program, make_program
+from vlmscale.train.recipe import compute_dtype
 from vlmscale.train.state import first_params, first_state
 from vlmscale.train.step import Knobs
 
@@ -104,12 +105,9 @@ def time_step(cell: Cell, place: Slice, length: int, steps: int) -> Timed:
     platform = jax.devices()[0].platform
     trial = next(trials(cell, place), None)
     if trial is None:
-        raise UserError(
-            f"train.batch_size={cell.train.batch_size}: does not divide over {place.devices} devices"
-        )
-    dtype = (
-        ("float32" if platform == "cpu" else "bfloat16") if cell.train.dtype == "auto" else cell.train.dtype
-    )
+        size = cell.train.batch_size
+        raise UserError(f"train.batch_size={size}: does not divide over {place.devices} devices")
+    dtype = jnp.dtype(compute_dtype(cell.train)).name
     train = replace(
         cell.train,
         accumulate=trial.accumulate,
@@ -152,27 +150,25 @@ def _times(run: Callable[[], Any], count: int) -> list[float]:
 def _arrays(cell: Cell, program: Program, mesh: Any, length: int) -> tuple[Any, Any, Any]:
     """A first state, what is frozen, and a batch of full rows with their picture in front."""
     shapes = step_tower(cell)
-    tower = (
-        None if shapes is None else jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), shapes)
-    )
+    tower = None
+    if shapes is not None:
+        tower = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), shapes)
     params, _ = first_params(cell, program.model, program.places, tower)
     trained = {part: params[part] for part in program.places.trained}
     frozen = {part: params[part] for part in program.places.frozen}
     state = first_state(program.optimizer, trained, mesh)
-    rng, visual = np.random.default_rng(0), cell.compressor.visual_tokens
+    rng, visual, number = np.random.default_rng(0), cell.compressor.visual_tokens, np.arange(length)
 
     def fill(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values: Any
         if name in ("tokens", "target_ids", "query_tokens"):
             values = rng.integers(0, vocab_rows(cell), leaf.shape)
         elif name in ("positions", "target_positions"):
-            values = np.broadcast_to(np.arange(length), leaf.shape)
+            values = np.broadcast_to(number, leaf.shape)
         elif name == "image_slots":
-            values = np.broadcast_to(np.arange(length) < visual, leaf.shape)
+            values = np.broadcast_to(number < visual, leaf.shape)
         elif name == "target_mask":
-            values = np.broadcast_to(
-                (np.arange(length) >= visual) & (np.arange(length) < length - 1), leaf.shape
-            )
+            values = np.broadcast_to((number >= visual) & (number < length - 1), leaf.shape)
         elif name in ("segment_ids", "query_length"):
             values = np.ones(leaf.shape)
         elif name == "pixels":
@@ -199,7 +195,7 @@ def calibrate(timed: Timed, place: Slice) -> Efficiencies:
 
 
 def compare(timed: Sequence[Timed], place: Slice, shares: Efficiencies) -> list[dict[str, Any]]:
-    """Predicted beside measured, a row for each cell."""
+    """Predicted beside measured, a row for each cell; bytes are of a device."""
     rows = []
     for one in timed:
         told = predicted(one, place, shares)
