@@ -23,6 +23,8 @@ from vlmscale.plan.slices import GENERATIONS, find_slice
         ("v5p-1024", "8x8x8", 512, 512, 128),
         ("7x-32", "2x2x4", 16, 32, 4),
         ("tpu7x-8", "2x2x1", 4, 8, 1),
+        ("h200-8", "8", 8, 8, 1),
+        ("A100-80GB-64", "64", 64, 64, 8),
     ],
 )
 def test_a_slice(name: str, topology: str, chips: int, devices: int, hosts: int) -> None:
@@ -35,7 +37,7 @@ def test_every_slice_has_the_chips_of_its_name() -> None:
     for name, generation in GENERATIONS.items():
         for number in generation.slices:
             assert find_slice(f"{name}-{number}").chips == number / (2 if generation.cores else 1)
-        assert peak_flops(generation.kind, "bfloat16") is not None
+        assert peak_flops(generation.device.kind, "bfloat16") == generation.device.flops
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,9 @@ def test_every_slice_has_the_chips_of_its_name() -> None:
         ("v4-4", "v4 has 8, 16,"),
         ("v4-4", "cores"),
         ("v5f-8", "did you mean v5"),
-        ("a100-8", "there are v4-N, v5e-N, v5p-N, v6e-N, 7x-N"),
+        ("a300-8", "there are v4-N, v5e-N, v5p-N, v6e-N, 7x-N, a100-40gb-N"),
+        ("h200-3", "h200 has 1, 2, 4, 8, 16,"),
+        ("h200-3", "GPUs"),
         ("v5e", "no such slice"),
         ("", "no such slice"),
     ],
@@ -54,3 +58,10 @@ def test_what_is_no_slice(name: str, told: str) -> None:
     with pytest.raises(UserError, match=re.escape(told)) as caught:
         find_slice(name)
     assert "\n" not in str(caught.value)
+
+
+def test_the_slowest_link_is_that_between_hosts() -> None:
+    """GPUs of one host have NVLink, those of several the network; a TPU's wires lead everywhere."""
+    assert find_slice("h200-8").slowest_link == 450e9
+    assert find_slice("h200-16").slowest_link == 50e9
+    assert find_slice("v5e-4").slowest_link == find_slice("v5e-256").slowest_link == 100e9

@@ -40,7 +40,7 @@ from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.frozen import load_tower, needs_of
 from vlmscale.train.prepared import TOWER, Prepared, pixels_of
 from vlmscale.train.run import CHECKPOINTS, load_prepared
-from vlmscale.train.state import choose_mesh, first_params, lay_out
+from vlmscale.train.state import choose_mesh, first_params, lay_out, loading_bytes
 from vlmscale.train.step import build_model, with_tower_outputs
 from vlmscale.validation import check_evaluable
 
@@ -116,8 +116,8 @@ def load_run(path: Path, dtype: Any = None, overrides: Sequence[str] = ()) -> Lo
     cell, prepared = load_prepared(path)
     model, tower = build_model(cell, prepared.vocab_rows(cell)), prepared.tower(cell)
     cell = override(replace(cell, mesh=MeshConfig()), overrides, ("evaluate", "mesh"))
-    mesh = choose_mesh([cell], prepared)
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
+    mesh = choose_mesh([cell], prepared, functools.partial(loading_bytes, dtype=dtype))
     places = lay_out(cell, model, mesh, tower, dtype)
     checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True)
     found = checkpoints.restore_latest({"params": places.trained})

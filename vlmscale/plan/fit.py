@@ -13,7 +13,8 @@ from vlmscale.plan.compiled import Compiled, Request
 from vlmscale.plan.memory import tower_bytes
 from vlmscale.plan.programs import programs_of
 from vlmscale.plan.slices import Slice
-from vlmscale.train.state import state_bytes
+from vlmscale.train.recipe import compute_dtype
+from vlmscale.train.state import loading_bytes, state_bytes
 
 _STATE_SHARE = 0.6  # of a device's memory that weights, gradients and moments may take, as in training
 _MOST_TENSOR = 8
@@ -57,7 +58,7 @@ class Fit:
     """A cell on a slice.
 
     Attributes:
-      parts: by the name of the program; "train" at the mesh that fits, else at that which came nearest.
+      parts: by the name of the program; where training does not fit it alone, at the nearest mesh.
       changes: what of the config had to change, such as "train.accumulate=2".
       tried: how many meshes were asked about.
     """
@@ -143,15 +144,16 @@ def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask) -> Fit | None
         if part.fits:
             nearest = Fit({"train": part}, changes, tried)
             break
-    if nearest is None:
-        return None
+    if nearest is None or not nearest.train.fits:
+        return nearest if nearest is None else replace(nearest, tried=tried)
     parts = dict(nearest.parts)
     if "tower" in names:
         request = replace(parts["train"].request, program="tower", length=0)
         beside = parts["train"].told.arguments if cell.data.features == "computed" else 0
         parts["tower"] = Part(request, ask(request), beside)
     changed = parts["train"].request.cell
-    request = Request("generate", changed, place.name, answering_mesh(cell, place), lengths.prompt)
+    mesh = answering_mesh(changed, place)
+    request = Request("generate", changed, place.name, mesh, lengths.prompt)
     parts["generate"] = Part(request, ask(request))
     return replace(nearest, parts=parts, tried=tried)
 
@@ -170,8 +172,9 @@ def _planned(cell: Cell, place: Slice, trial: Trial) -> tuple[Cell, tuple[str, .
 
 
 def answering_mesh(cell: Cell, place: Slice) -> tuple[int, int, int]:
-    """The mesh that `evaluate` chooses: the least fsdp that the state fits with."""
-    nbytes, limit = state_bytes(cell, vocab_rows(cell)), _STATE_SHARE * place.generation.hbm
+    """The mesh that `evaluate` chooses: the least fsdp that the parameters fit with while they are read."""
+    nbytes = loading_bytes(cell, vocab_rows(cell), compute_dtype(cell.train))
+    limit = _STATE_SHARE * place.generation.hbm
     splits = divisors(place.devices)
     fsdp = next((split for split in splits if nbytes / split <= limit), splits[-1])
     return place.devices // fsdp, fsdp, 1

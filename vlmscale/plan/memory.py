@@ -30,6 +30,12 @@ from vlmscale.train.state import Places, abstract_state, lay_out
 from vlmscale.train.step import build_model
 
 _FLOAT32 = 4
+_CODE = {"train": 30, "tower": 4.5, "generate": 2.8}  # MiB of a program; of the latter two of each block
+_GATHERED = 3  # layers whose weights are whole at a time, where fsdp splits them
+# libtpu 0.0.42, for v5e and not for v6e: the weights of all layers are gathered before the loop over tokens,
+# as far as there is memory, and about half of a tower's before its first block.
+_GATHERS_EARLY, _TOWER_SHARE = ("v5e",), 0.55
+_TILE = 128  # numbers that a TPU pads the last axis of an array to
 
 
 def abstract_mesh(mesh: tuple[int, int, int]) -> Any:
@@ -75,13 +81,17 @@ def predict(request: Request) -> Compiled:
     """
     make = {"train": predict_training, "tower": _tower, "generate": _generate}[request.program]
     arguments, temporary, code_mib = make(request.cell, request.mesh, request.length)
-    limit, code = round(find_slice(request.topology).generation.hbm), round(code_mib * 2**20)
+    generation = find_slice(request.topology).generation
+    limit, code = round(generation.hbm), round(code_mib * 2**20)
+    whole = (request.mesh[0], 1, request.mesh[2])
+    if generation.libtpu in _GATHERS_EARLY and request.mesh[1] > 1 and request.program != "train":
+        if request.program == "tower":
+            temporary += round(_TOWER_SHARE * tower_bytes(request.cell, whole))
+        else:
+            gathered = device_bytes(answering(request.cell, abstract_mesh(whole)))
+            temporary = max(temporary, min(temporary + gathered, limit - arguments - code))
     needed = arguments + temporary + code
     return Compiled(arguments, 0, temporary, code, needed, limit, seconds=0.0, by="arithmetic")
-
-
-_CODE = {"train": 30, "tower": 4.5, "generate": 2.8}  # MiB of a program; of the latter two of each block
-_TILE = 128  # numbers that a TPU pads the last axis of an array to
 
 
 def predict_training(cell: Cell, mesh: tuple[int, int, int], length: int) -> tuple[int, int, float]:
@@ -97,12 +107,13 @@ def predict_training(cell: Cell, mesh: tuple[int, int, int], length: int) -> tup
     rows = train.batch_size // train.accumulate // (data * fsdp)
     positions, trains = rows * length, "decoder" in places.trained
     layer = layer_residual_bytes(size, train.remat, "splash", rows, length, item, trained=trains)
-    image = rows * compressor_residuals(compressor_call(cell, model.visual_tokens, length)) * item
-    kept = size.num_layers * layer + (image if model.visual_tokens else 0)
+    kept = size.num_layers * layer
+    if model.visual_tokens:
+        kept += rows * compressor_residuals(compressor_call(cell, model.visual_tokens, length)) * item
     # The layer that is computed again, forward and backward, and its weights where they are split over fsdp.
     work = positions * _layer_numbers(size, tensor) * item
     weights = size.num_nonembedding_params // size.num_layers // tensor
-    work += 2 * item * weights * (fsdp > 1)
+    work += _GATHERED * item * weights * (fsdp > 1)
     # The head, whole in the dtype of the products, and its gradient in float32; a chunk's logits.
     rows_here = vocab_rows(cell) // tensor
     table = rows_here * size.width

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -123,14 +123,17 @@ def _boxed_tower(model: VLM, tower: Params) -> Params:
     return unflatten_dict({path: boxed[path] for path in flatten_dict(tower)})
 
 
-def choose_mesh(cells: Sequence[Cell], prepared: Prepared) -> Mesh:
+def choose_mesh(
+    cells: Sequence[Cell], prepared: Prepared, bytes_of: Callable[[Cell, int], int] | None = None
+) -> Mesh:
     """The mesh that the config asks for, or where it says 0 the least `fsdp` that the state fits with.
 
     Devices whose memory is not known, as a CPU's, all lie along `data`.
 
     Args:
-      cells: that train together.
+      cells: that train together, or one that answers.
       prepared: their data.
+      bytes_of: what a cell takes with so many rows of vocabulary; None for `state_bytes`.
 
     Raises:
       UserError: the devices cannot be split so.
@@ -143,7 +146,8 @@ def choose_mesh(cells: Sequence[Cell], prepared: Prepared) -> Mesh:
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
         most = max(1, jax.device_count() // tensor)
         splits = [split for split in range(1, most + 1) if most % split == 0]
-        nbytes = sum(state_bytes(cell, prepared.vocab_rows(cell)) for cell in cells) / tensor
+        count = bytes_of or state_bytes
+        nbytes = sum(count(cell, prepared.vocab_rows(cell)) for cell in cells) / tensor
         fits = [split for split in splits if nbytes / split <= _STATE_SHARE * limit]
         fsdp = (fits[0] if fits else splits[-1]) if limit else 1
     return make_mesh(asked.data, fsdp, tensor)
@@ -154,10 +158,24 @@ def state_bytes(cell: Cell, vocab_rows: int) -> int:
 
     Four float32 numbers a parameter that trains: itself, its gradient, two moments.
     """
+    return _bytes(cell, vocab_rows, 16, jnp.dtype(compute_dtype(cell.train)).itemsize)
+
+
+def loading_bytes(cell: Cell, vocab_rows: int, dtype: Any) -> int:
+    """Bytes of a trained cell while it is opened to answer, of all devices, its tower left out.
+
+    What trained is restored in float32 and then cast.
+    """
+    item = jnp.dtype(dtype).itemsize
+    return _bytes(cell, vocab_rows, 4 + item, item)
+
+
+def _bytes(cell: Cell, vocab_rows: int, trained: int, frozen: int) -> int:
+    """All parameters, with so many bytes for each of those that train and of the others."""
     rates, total = trained_parts(cell), 0
     for part, boxed in boxed_params(training_model(cell, vocab_rows)).items():
         size = sum(leaf.size for leaf in jax.tree.leaves(nn.meta.unbox(boxed)))
-        total += size * (16 if part in rates else jnp.dtype(compute_dtype(cell.train)).itemsize)
+        total += size * (trained if part in rates else frozen)
     return total
 
 
