@@ -90,6 +90,16 @@ def test_a_mesh_that_the_config_names_is_the_one() -> None:
     assert {trial.mesh for trial in trials(cell, PLACE)} == {(2, 4, 2)}
 
 
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(fsdp=3), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=8, tensor=4)]
+)
+def test_a_mesh_that_does_not_divide_the_slice(mesh: MeshConfig) -> None:
+    with pytest.raises(UserError, match="v5e-16 has 16 devices") as caught:
+        find_fit(replace(cell_of(), mesh=mesh), PLACE, LENGTHS, Compiler(1, 0))
+    assert "can have 1, 2, 4, 8, 16" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_the_first_that_fits_is_taken_and_what_changed_is_told() -> None:
     compiler = Compiler(whole=20, rows=0.5)
     fit = find_fit(cell_of(), PLACE, LENGTHS, compiler)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from vlmscale.config import Cell
+from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES
 from vlmscale.plan.abstract import vocab_rows
 from vlmscale.plan.compiled import Compiled, Request
@@ -17,7 +19,7 @@ from vlmscale.train.recipe import compute_dtype
 from vlmscale.train.state import loading_bytes, state_bytes
 
 _STATE_SHARE = 0.6  # of a device's memory that weights, gradients and moments may take, as in training
-_MOST_TENSOR = 8
+MOST_TENSOR = 8
 Ask = Callable[[Request], Compiled]
 
 
@@ -104,7 +106,7 @@ def trials(cell: Cell, place: Slice) -> Iterator[Trial]:
     that are computed again, then the batch in more parts, then more of the tensor axis.
     """
     asked, rows, devices, remat = cell.mesh, cell.train.batch_size, place.devices, cell.train.remat
-    tensors = [asked.tensor] if asked.tensor else [t for t in divisors(devices) if t <= _MOST_TENSOR]
+    tensors = [asked.tensor] if asked.tensor else [t for t in divisors(devices) if t <= MOST_TENSOR]
     nbytes = state_bytes(cell, vocab_rows(cell))
     for tensor in tensors:
         split = devices // tensor
@@ -122,6 +124,23 @@ def trials(cell: Cell, place: Slice) -> Iterator[Trial]:
             yield Trial(most, accumulate, "block")
 
 
+def check_mesh(cell: Cell, place: Slice) -> None:
+    """Refuse axes that the devices of a slice cannot have.
+
+    Raises:
+      UserError: with what is possible.
+    """
+    asked = {axis: size for axis, size in vars(cell.mesh).items() if size}
+    product, devices = math.prod(asked.values()), place.devices
+    if devices % product or (len(asked) == len(vars(cell.mesh)) and product != devices):
+        words = ", ".join(f"mesh.{axis}={size}" for axis, size in asked.items())
+        possible = ", ".join(map(str, divisors(devices)))
+        raise UserError(
+            f"{words}: {place.name} has {devices} devices, to which data, fsdp and tensor must multiply; an "
+            f"axis can have {possible}"
+        )
+
+
 def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask) -> Fit | None:
     """The first way to train that fits, else the nearest, with the other programs; None without any.
 
@@ -130,7 +149,11 @@ def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask) -> Fit | None
       place: the slice.
       lengths: of rows and prompts.
       ask: gives the bytes of a program.
+
+    Raises:
+      UserError: the config names a mesh that the slice cannot have.
     """
+    check_mesh(cell, place)
     nearest: Fit | None = None
     tried, names = 0, programs_of(cell)
     for trial in dict.fromkeys(trials(cell, place)):

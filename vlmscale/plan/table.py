@@ -12,7 +12,7 @@ from typing import Any
 from vlmscale.config import Cell
 from vlmscale.errors import UserError
 from vlmscale.plan.ask import Answers
-from vlmscale.plan.fit import Ask, Fit, Part, find_fit, lengths_of
+from vlmscale.plan.fit import MOST_TENSOR, Ask, Fit, Part, find_fit, lengths_of
 from vlmscale.plan.roofline import Efficiencies, step_time, tower_time
 from vlmscale.plan.slices import Slice, find_slice
 from vlmscale.plan.totals import Totals, totals
@@ -202,7 +202,8 @@ def show(rows: Sequence[Planned], sums: Sequence[Totals], check: str) -> str:
 def _line(row: Planned, width: int) -> str:
     head = f"{row.cell:{width}} {row.topology:9}"
     if row.mesh is None:
-        return f"{head} the batch does not divide over its devices"
+        unit = find_slice(row.topology).devices // MOST_TENSOR or 1
+        return f"{head} the batch does not divide over its devices; it must be a multiple of {unit}"
     guessed = any(part["by"] != "compiler" for part in row.programs.values())
     memory = f"{'~' * guessed}{row.used_gib:.2f}/{row.limit_gib:.2f}"
     head += f" {'x'.join(map(str, row.mesh)):9} {memory:>12}"
