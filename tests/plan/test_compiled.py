@@ -10,6 +10,8 @@ import pytest
 from vlmscale.cli import main
 from vlmscale.plan import compiled
 from vlmscale.plan.compiled import Compiled, Request, compile_request
+from vlmscale.plan.fit import find_fit, lengths_of
+from vlmscale.plan.memory import predict
 
 GIB = 2**30
 REAL = "configs/llava_finetune.py:qwen1.5-1.8b,144,tokenpacker"
@@ -47,21 +49,31 @@ def test_a_small_cell_is_compiled_once(
 @pytest.mark.slow
 @pytest.mark.usefixtures("libtpu")
 def test_a_real_cell_fits_and_one_too_large_is_refused_with_the_compilers_figure(
-    capsys: pytest.CaptureFixture[str],
+    cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """LLaVA's second stage of 1.8B: splash attention, weights and moments over 16 chips; not on one."""
-    words = ["plan", REAL, "--json"]
-    assert main([*words, "--topology", "v5e-16", "--config.mesh.fsdp=16"]) == 0
-    [row] = json.loads(capsys.readouterr().out)["plans"]
-    assert row["fits"]
-    assert row["changes"] == ["train.attention=splash"]
+    cell = load_cell(REAL, ["--config.mesh.fsdp=16"])
+
+    def ask(request: Request) -> Compiled:
+        """The step is compiled, as what is large; the small cell has the other programs compiled."""
+        return compile_request(request, cache) if request.program == "train" else predict(request)
+
+    fit = find_fit(cell, compiled.find_slice("v5e-16"), lengths_of(cell), ask)
+    assert fit is not None
+    assert fit.fits
+    assert fit.changes == ("train.attention=splash",)
+    told, guess = fit.train.told, predict(fit.train.request)
+    assert told.arguments == pytest.approx(guess.arguments, rel=1e-3)  # but for the tiles of small arrays
+    assert told.needed == pytest.approx(guess.needed, rel=0.1)
     # The state alone is 12 bytes of each of 1.84e9 parameters.
-    assert 1.84e9 * 12 / 16 / GIB < row["used_gib"] < 16
-    assert main([*words, "--topology", "v5e-1", "--config.train.batch_size=1"]) == 2
+    assert 1.84e9 * 12 / 16 < told.arguments < told.needed < 15.75 * GIB
+    words = ["plan", REAL, "--json", "--topology", "v5e-1", "--config.train.batch_size=1"]
+    assert main(words) == 2
     out, err = capsys.readouterr()
     [row] = json.loads(out)["plans"]
     assert not row["fits"]
     assert row["used_gib"] > row["limit_gib"] > 15
+    assert row["programs"]["train"]["by"] == "compiler"
     assert "not all fit" in err
 
 
