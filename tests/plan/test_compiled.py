@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlmscale.cli import main
+from vlmscale.loading import load_cell
 from vlmscale.plan import compiled
 from vlmscale.plan.compiled import Compiled, Request, compile_request
 from vlmscale.plan.fit import find_fit, lengths_of
