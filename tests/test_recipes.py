@@ -166,7 +166,7 @@ def test_an_argument_that_is_wrong_is_one_line(config: str, arg: str, said: str)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory with the names that a cell id reads: contents do not matter to it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("0.5b", "1.8b", "4b", "7b"):
+    for name in ("0.5b", "1.8b", "4b", "7b", "14b"):
         write_files(tmp_path / f"qwen1.5-{name}", dict.fromkeys(("config.json", "tokenizer.json"), b"{}"))
     write_files(tmp_path / "clip-vit-large-patch14-336", {"config.json": b"{}"})
     for name in ("llava_pretrain", "llava_instruct"):
@@ -174,10 +174,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_grid_is_the_papers(here: Path) -> None:
+def test_the_grid_is_the_papers_and_a_larger_llm(here: Path) -> None:
     sweep = load_sweep(GRID, [])
     cells = {(cell.llm.name, cell.compressor.visual_tokens) for cell in sweep.cells}
-    sizes = ("qwen1.5-0.5b", "qwen1.5-1.8b", "qwen1.5-4b", "qwen1.5-7b")
+    sizes = tuple(f"qwen1.5-{size}" for size in ("0.5b", "1.8b", "4b", "7b", "14b"))
     assert cells == {(llm, count) for llm in sizes for count in (1, 4, 16, 36, 64, 144, 576)}
     assert sweep.name == "paper_grid_pretrain"
     assert {cell.llm.checkpoint for cell in sweep.cells} == set(sizes)

@@ -152,9 +152,10 @@ class CompressorCall(NamedTuple):
 
 def compressor_call(cell: Cell, visual_tokens: int, text_tokens: int) -> CompressorCall:
     """A cell's compressor at a number of visual tokens, in front of so many tokens of text."""
-    own = cell.compressor
+    own, fuses = cell.compressor, COMPRESSORS[cell.compressor.name].text == "fusion"
+    text = text_tokens if fuses else 0  # which the others do not see, so that their calls are alike
     return CompressorCall(
-        own.name, own.options, visual_tokens, own.visual_tokens, cell.tower.name, cell.llm.name, text_tokens
+        own.name, own.options, visual_tokens, own.visual_tokens, cell.tower.name, cell.llm.name, text
     )
 
 

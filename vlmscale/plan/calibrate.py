@@ -20,12 +20,12 @@ from vlmscale.config import Cell
 from vlmscale.cost.peak import Device
 from vlmscale.errors import UserError
 from vlmscale.plan.abstract import abstract_batch, vocab_rows
-from vlmscale.plan.fit import trials
+from vlmscale.plan.fit import check_mesh, own_mesh
 from vlmscale.plan.memory import predict_training
 from vlmscale.plan.programs import step_tower
 from vlmscale.plan.roofline import Efficiencies, StepTime, step_time
 from vlmscale.plan.slices import GENERATIONS, Generation, Slice
-from vlmscale.sharding import make_mesh
+from vlmscale.sharding import check_batch, make_mesh
 from vlmscale.train.program import Program, make_program
 from vlmscale.train.recipe import compute_dtype
 from vlmscale.train.state import first_params, first_state
@@ -91,7 +91,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def time_step(cell: Cell, place: Slice, length: int, steps: int) -> Timed:
-    """Train a cell for a few steps on the first mesh that is tried for it.
+    """Train a cell for a few steps, on the mesh that it names or that training would choose.
 
     Args:
       cell: the config; starts from random numbers whatever it names.
@@ -100,24 +100,21 @@ def time_step(cell: Cell, place: Slice, length: int, steps: int) -> Timed:
       steps: that count.
 
     Raises:
-      UserError: no mesh of these devices can hold its batch.
+      UserError: its mesh or its batch does not divide over these devices.
     """
     platform = jax.devices()[0].platform
-    trial = next(trials(cell, place), None)
-    if trial is None:
-        size = cell.train.batch_size
-        raise UserError(f"train.batch_size={size}: does not divide over {place.devices} devices")
+    check_mesh(cell, place)
+    shape = own_mesh(cell, place)
+    mesh = make_mesh(*shape)
+    check_batch(cell.train.batch_size, mesh, accumulate=cell.train.accumulate)
     dtype = jnp.dtype(compute_dtype(cell.train)).name
     train = replace(
         cell.train,
-        accumulate=trial.accumulate,
-        remat=trial.remat,
         attention=_ATTENTION[platform],
         dtype=dtype,
         init_from="",
     )
     cell = replace(cell, train=train, llm=replace(cell.llm, checkpoint=""))
-    mesh = make_mesh(*trial.mesh)
     program = make_program(cell, vocab_rows(cell), mesh, step_tower(cell))
     with jax.set_mesh(mesh):
         state, frozen, batch = _arrays(cell, program, mesh, length)
@@ -134,8 +131,8 @@ def time_step(cell: Cell, place: Slice, length: int, steps: int) -> Timed:
     bytes_ = stats.argument_size_in_bytes + stats.temp_size_in_bytes
     bytes_ += stats.output_size_in_bytes - stats.alias_size_in_bytes
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    arguments, temporary, _ = predict_training(cell, trial.mesh, length)
-    return Timed(cell, trial.mesh, length, seconds, bytes_, peak, arguments + temporary)
+    arguments, temporary, _ = predict_training(cell, shape, length)
+    return Timed(cell, shape, length, seconds, bytes_, peak, arguments + temporary)
 
 
 def _times(run: Callable[[], Any], count: int) -> list[float]:

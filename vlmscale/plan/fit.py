@@ -9,17 +9,19 @@ from typing import NamedTuple
 
 from vlmscale.config import Cell
 from vlmscale.errors import UserError
-from vlmscale.models.sizes import SIZES
+from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.plan.abstract import vocab_rows
 from vlmscale.plan.compiled import Compiled, Request
-from vlmscale.plan.memory import tower_bytes
+from vlmscale.plan.memory import predict, tower_bytes
 from vlmscale.plan.programs import programs_of
+from vlmscale.plan.roofline import step_time
 from vlmscale.plan.slices import Slice
 from vlmscale.train.recipe import compute_dtype
 from vlmscale.train.state import loading_bytes, state_bytes
 
 _STATE_SHARE = 0.6  # of a device's memory that weights, gradients and moments may take, as in training
 MOST_TENSOR = 8
+_MOST_TRIES = 3  # of each way, that the compiler is asked about
 Ask = Callable[[Request], Compiled]
 
 
@@ -98,30 +100,73 @@ class Trial(NamedTuple):
     remat: str
 
 
-def trials(cell: Cell, place: Slice) -> Iterator[Trial]:
+def trials(cell: Cell, place: Slice, lengths: Lengths, guess: Ask) -> Iterator[Trial]:
     """Ways to train, in the order in which they are tried.
 
-    The mesh that the config names alone, if it names one. Else the least tensor axis with which the rows of a
-    batch divide over the devices, and on it the least fsdp that the state fits with, more of it, then layers
-    that are computed again, then the batch in more parts, then more of the tensor axis.
+    First as the config has it, then with layers that are computed again, then with the batch in more and more
+    parts. In each of these the meshes that fit by arithmetic, the fastest first (of equals the one with the
+    least tensor axis and the least fsdp); in the end the way that comes nearest to fitting.
+
+    Args:
+      cell: the config; axes that it names are kept.
+      place: the slice.
+      lengths: of rows.
+      guess: gives the bytes of a program without a compiler.
     """
-    asked, rows, devices, remat = cell.mesh, cell.train.batch_size, place.devices, cell.train.remat
+    found = list(_meshes(cell, place))
+    remats = list(dict.fromkeys((cell.train.remat, "block")))
+    levels = [(remat, 0) for remat in remats]
+    levels += [("block", number) for number in range(1, max((len(parts) for _, parts in found), default=0))]
+    nearest: tuple[float, Trial] | None = None
+    for remat, number in levels:
+        fits: list[tuple[float, Trial]] = []
+        for mesh, parts in found:
+            if number >= len(parts):
+                continue
+            trial = Trial(mesh, parts[number], remat)
+            changed, _ = _planned(cell, place, trial)
+            try:
+                part = _train_part(changed, place, trial, lengths, guess)
+            except UserError:  # a parameter that this mesh cannot split
+                if any(vars(cell.mesh).values()):
+                    raise
+                continue
+            if part.fits:
+                seconds = step_time(changed, place, mesh, lengths.row, part.told.needed).seconds
+                fits.append((seconds, trial))
+            elif nearest is None or part.used < nearest[0]:
+                nearest = part.used, trial
+        fits.sort(key=lambda pair: (pair[0], pair[1].mesh[::-1]))
+        yield from (trial for _, trial in fits[:_MOST_TRIES])
+    if nearest is not None:
+        yield nearest[1]
+
+
+def _meshes(cell: Cell, place: Slice) -> Iterator[tuple[tuple[int, int, int], list[int]]]:
+    """Meshes over whose devices rows and heads divide, and in how many parts each may have a batch."""
+    size, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
+    heads = math.gcd(size.num_heads, size.num_kv_heads)
+    if "tower" in programs_of(cell):
+        heads = math.gcd(heads, tower.num_heads)
+    asked, rows, devices = cell.mesh, cell.train.batch_size, place.devices
     tensors = [asked.tensor] if asked.tensor else [t for t in divisors(devices) if t <= MOST_TENSOR]
-    nbytes = state_bytes(cell, vocab_rows(cell))
     for tensor in tensors:
         split = devices // tensor
-        if devices % tensor or rows % split:
+        if devices % tensor or rows % split or heads % tensor:
             continue
         parts = [n for n in divisors(rows // split) if n >= cell.train.accumulate] or [cell.train.accumulate]
-        fsdps = [f for f in divisors(split) if asked.fsdp in (0, f) and asked.data in (0, split // f)]
-        if not fsdps:
-            continue
-        fits = [f for f in fsdps if nbytes / tensor / f <= _STATE_SHARE * place.generation.hbm] or fsdps[-1:]
-        for fsdp in dict.fromkeys((fits[0], fits[-1])):
-            yield Trial((split // fsdp, fsdp, tensor), parts[0], remat)
-        most = (split // fits[-1], fits[-1], tensor)
-        for accumulate in parts if remat != "block" else parts[1:]:
-            yield Trial(most, accumulate, "block")
+        for fsdp in divisors(split):
+            if asked.fsdp in (0, fsdp) and asked.data in (0, split // fsdp):
+                yield (split // fsdp, fsdp, tensor), parts
+
+
+def _train_part(cell: Cell, place: Slice, trial: Trial, lengths: Lengths, ask: Ask) -> Part:
+    """The training step of a planned cell, beside a tower that is computed in every step."""
+    beside = 0
+    if cell.data.features == "computed" and "tower" in programs_of(cell):
+        beside = tower_bytes(cell, trial.mesh)
+    request = Request("train", cell, place.name, trial.mesh, lengths.row)
+    return Part(request, ask(request), beside)
 
 
 def check_mesh(cell: Cell, place: Slice) -> None:
@@ -141,7 +186,7 @@ def check_mesh(cell: Cell, place: Slice) -> None:
         )
 
 
-def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask) -> Fit | None:
+def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask, guess: Ask = predict) -> Fit | None:
     """The first way to train that fits, else the nearest, with the other programs; None without any.
 
     Args:
@@ -149,6 +194,7 @@ def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask) -> Fit | None
       place: the slice.
       lengths: of rows and prompts.
       ask: gives the bytes of a program.
+      guess: the same without a compiler, for the order of trials.
 
     Raises:
       UserError: the config names a mesh that the slice cannot have.
@@ -156,12 +202,9 @@ def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask) -> Fit | None
     check_mesh(cell, place)
     nearest: Fit | None = None
     tried, names = 0, programs_of(cell)
-    for trial in dict.fromkeys(trials(cell, place)):
+    for trial in trials(cell, place, lengths, guess):
         changed, changes = _planned(cell, place, trial)
-        tower = tower_bytes(changed, trial.mesh) if "tower" in names else 0
-        beside = tower if cell.data.features == "computed" else 0
-        request = Request("train", changed, place.name, trial.mesh, lengths.row)
-        part, tried = Part(request, ask(request), beside), tried + 1
+        part, tried = _train_part(changed, place, trial, lengths, ask), tried + 1
         if nearest is None or part.used < nearest.train.used:
             nearest = Fit({"train": part}, changes, tried)
         if part.fits:
@@ -187,6 +230,9 @@ def _planned(cell: Cell, place: Slice, trial: Trial) -> tuple[Cell, tuple[str, .
     attention = "cudnn" if place.generation.gpu else "splash"
     planned = {"accumulate": trial.accumulate, "remat": trial.remat, "attention": attention}
     changes = tuple(f"train.{k}={v}" for k, v in planned.items() if v != getattr(cell.train, k))
+    if trial.mesh != own_mesh(cell, place):
+        asked = zip(("fsdp", "tensor"), trial.mesh[1:], strict=True)
+        changes += tuple(f"mesh.{axis}={size}" for axis, size in asked if getattr(cell.mesh, axis) != size)
     dtype = "bfloat16" if cell.train.dtype == "auto" else cell.train.dtype
     train = replace(
         cell.train, accumulate=trial.accumulate, remat=trial.remat, attention=attention, dtype=dtype
@@ -194,12 +240,22 @@ def _planned(cell: Cell, place: Slice, trial: Trial) -> tuple[Cell, tuple[str, .
     return replace(cell, train=train), changes
 
 
+def own_mesh(cell: Cell, place: Slice) -> tuple[int, int, int]:
+    """The mesh that training would choose by itself (`vlmscale.train.state.choose_mesh`)."""
+    tensor = cell.mesh.tensor or 1
+    fsdp = cell.mesh.fsdp or _least_fsdp(place, state_bytes(cell, vocab_rows(cell)) / tensor, tensor)
+    return place.devices // (fsdp * tensor), fsdp, tensor
+
+
+def _least_fsdp(place: Slice, nbytes: float, tensor: int = 1) -> int:
+    """The least with which so many bytes of all devices fit."""
+    splits, limit = divisors(place.devices // tensor), _STATE_SHARE * place.generation.hbm
+    return next((split for split in splits if nbytes / split <= limit), splits[-1])
+
+
 def answering_mesh(cell: Cell, place: Slice) -> tuple[int, int, int]:
     """The mesh that `evaluate` chooses: the least fsdp that the parameters fit with while they are read."""
-    nbytes = loading_bytes(cell, vocab_rows(cell), compute_dtype(cell.train))
-    limit = _STATE_SHARE * place.generation.hbm
-    splits = divisors(place.devices)
-    fsdp = next((split for split in splits if nbytes / split <= limit), splits[-1])
+    fsdp = _least_fsdp(place, loading_bytes(cell, vocab_rows(cell), compute_dtype(cell.train)))
     return place.devices // fsdp, fsdp, 1
 
 

@@ -127,8 +127,8 @@ def sent_bytes(cell: Cell, mesh: tuple[int, int, int], row_length: int) -> float
     trained, frozen = tree.count(places.trained), tree.count(places.frozen)
     (data, fsdp, tensor), train, size = mesh, cell.train, SIZES[cell.llm.name]
     half = jnp.dtype(jnp.bfloat16).itemsize
-    gathered = 3 * train.accumulate * half * (trained + frozen) / tensor * (fsdp > 1)
-    summed = 4 * trained / tensor * ((fsdp > 1) + 2 / fsdp * (data > 1))
+    gathered = 3 * train.accumulate * half * (trained + frozen) / tensor * (fsdp - 1) / fsdp
+    summed = 4 * trained / tensor * ((fsdp - 1) / fsdp + 2 / fsdp * (data - 1) / data)
     outputs = half * train.batch_size / (data * fsdp) * row_length * size.width * size.num_layers
     return gathered + summed + 6 * outputs * 2 * (tensor - 1) / tensor
 
