@@ -47,7 +47,8 @@ def test_steps_are_timed_and_written(tmp_path: Path, capsys: pytest.CaptureFixtu
     [
         (["--length", "5"], "leaves no text"),
         (["--steps", "0"], "--steps=0"),
-        (["--config.mesh.tensor=3"], "does not divide"),
+        (["--config.mesh.tensor=3"], "an axis can have 1, 2, 4, 8"),
+        (["--config.train.batch_size=7"], "must be a multiple of the 8 devices"),
     ],
 )
 def test_what_cannot_be_timed(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
