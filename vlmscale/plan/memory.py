@@ -1,7 +1,7 @@
 """What a program takes of a device's memory, by arithmetic on shapes: no compiler, no devices.
 
 Arguments are exact. Temporaries are the largest of the phases of a program, each the sum of what lives in it,
-as read off programs that the TPU compiler scheduled; docs/plan.md has what the two say of the same cells.
+as read off programs that the TPU compiler scheduled; docs/paper-grid.md has what the two say of the same cells.
 """
 
 from __future__ import annotations
@@ -110,6 +110,10 @@ def predict_training(cell: Cell, mesh: tuple[int, int, int], length: int) -> tup
     kept = size.num_layers * layer
     if model.visual_tokens:
         kept += rows * compressor_residuals(compressor_call(cell, model.visual_tokens, length)) * item
+    if train.tower_rate:  # its blocks are computed again from their inputs
+        tower = TOWERS[cell.tower.name]
+        tokens = tower.num_patches + tower.class_tokens
+        kept += rows * blocks_read(tower, needs_of(cell)) * tokens * tower.width * item
     # The layer that is computed again, forward and backward, and its weights where they are split over fsdp.
     work = positions * _layer_numbers(size, tensor) * item
     weights = size.num_nonembedding_params // size.num_layers // tensor
