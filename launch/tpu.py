@@ -43,7 +43,7 @@ class Pods:
       grace: seconds between SIGTERM and SIGKILL, in which a checkpoint is written.
       cache: object-store folder of compiled programs, which a restarted job finds there; "" for none.
       account: Kubernetes service account, to which workload identity gives rights to the bucket; "" for the
-        namespace's default.
+        rights of the nodes, and their network.
       privileged: as root with the host's devices, as xpk runs its jobs; else as the image's user.
       environment: further variables, such as LIBTPU_INIT_ARGS.
     """
