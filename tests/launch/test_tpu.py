@@ -1,8 +1,9 @@
 """JobSets for TPU pods: held against the CRDs, golden files and xpk.
 
 What xpk makes is written here as literals, from `xpk workload create --dry-run --output-manifest-file` of xpk
-1.16.0. The golden files are what `write_manifests` wrote; `python -m tests.launch.test_tpu` writes them anew
-after an intended change.
+1.16.0. The CRDs are those of kubernetes-sigs/jobset and kubernetes-sigs/kueue (config/components/crd/bases,
+Apache-2.0), looked for in tests/launch/schemas or the folder that VLMSCALE_CRDS names. The golden files are what
+`write_manifests` wrote; `python -m tests.launch.test_tpu` writes them anew after an intended change.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def validator(plural: str, version: str) -> jsonschema.Draft202012Validator:
     """Of a CRD's version, strict: no field that it does not name."""
     found = sorted(CRDS.glob(f"*_{plural}.yaml"))
     if not found:
-        pytest.skip(f"no CRD of {plural} in {CRDS}: set VLMSCALE_CRDS to a folder of them")
+        pytest.skip(f"no CRD of {plural} in {CRDS}; name a folder of CRDs by VLMSCALE_CRDS")
     crd = yaml.load(found[0].read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     versions = {each["name"]: each["schema"]["openAPIV3Schema"] for each in crd["spec"]["versions"]}
     schema = strict(versions[version])
