@@ -98,7 +98,7 @@ def machine_of(part: Slice) -> Machine:
         raise UserError(f"--topology {part.name}: is no TPU slice; JobSets are made for {known}")
     accelerator, kind, prefix = _KINDS[part.generation.libtpu]
     chips = part.chips // part.hosts
-    name = f"{prefix}-{part.name.rpartition('-')[2]}"
+    name = f"{prefix}-{int(part.name.rpartition('-')[2])}"
     return Machine(accelerator, f"{kind}-{chips}t", chips, part.hosts, "" if name in _NOT_IN_XPK else name)
 
 

@@ -2,8 +2,8 @@
 
 What xpk makes is written here as literals, from `xpk workload create --dry-run --output-manifest-file` of xpk
 1.16.0. The CRDs are those of kubernetes-sigs/jobset and kubernetes-sigs/kueue (config/components/crd/bases,
-Apache-2.0), looked for in tests/launch/schemas or the folder that VLMSCALE_CRDS names. The golden files are what
-`write_manifests` wrote; `python -m tests.launch.test_tpu` writes them anew after an intended change.
+Apache-2.0), looked for in tests/launch/schemas or the folder that VLMSCALE_CRDS names. The golden files are
+what `write_manifests` wrote; `python -m tests.launch.test_tpu` writes them anew after an intended change.
 """
 
 from __future__ import annotations
