@@ -13,7 +13,7 @@ from vlmscale.errors import UserError
 from vlmscale.plan import table
 from vlmscale.plan.ask import Answers
 from vlmscale.plan.compiled import Compiled, Request
-from vlmscale.plan.fit import Lengths, Trial, find_fit, lengths_of, own_mesh, trials
+from vlmscale.plan.fit import Lengths, Trial, answering_mesh, find_fit, lengths_of, own_mesh, trials
 from vlmscale.plan.roofline import flops_of_step, step_time
 from vlmscale.plan.slices import find_slice
 
@@ -139,6 +139,27 @@ def test_what_other_programs_keep_counts() -> None:
     almost = find_fit(computed, PLACE, LENGTHS, full, full)
     assert almost is not None
     assert almost.train.request.mesh != (16, 1, 1)  # 16 GiB of 16 leave no room for the tower
+
+
+def test_answers_that_do_not_fit_get_another_mesh() -> None:
+    """With the tensor axis first; what it is, is told."""
+    cell = cell_of("qwen1.5-7b", attention="splash")
+    own = answering_mesh(cell, PLACE)
+    assert own[1] > 1
+
+    def ask(request: Request) -> Compiled:
+        told = Compiled(0, 0, 0, 0, GIB, 16 * GIB, 1.0)
+        too_much = request.program == "generate" and request.mesh[2] < 4
+        return replace(told, needed=17 * GIB) if too_much else told
+
+    fit = find_fit(cell, PLACE, LENGTHS, ask, ask)
+    assert fit is not None
+    assert fit.fits
+    mesh = fit.parts["generate"].request.mesh
+    assert mesh[2] == 4
+    assert mesh[1] * mesh[2] >= own[1]
+    assert f"evaluate: mesh.fsdp={mesh[1]}" in fit.changes
+    assert "evaluate: mesh.tensor=4" in fit.changes
 
 
 def test_what_fits_nowhere_is_told_at_its_nearest() -> None:

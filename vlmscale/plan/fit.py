@@ -218,10 +218,41 @@ def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask, guess: Ask = 
         beside = parts["train"].told.arguments if cell.data.features == "computed" else 0
         parts["tower"] = Part(request, ask(request), beside)
     changed = parts["train"].request.cell
-    mesh = answering_mesh(changed, place)
-    request = Request("generate", changed, place.name, mesh, lengths.prompt)
-    parts["generate"] = Part(request, ask(request))
-    return replace(nearest, parts=parts, tried=tried)
+    parts["generate"], more = _answering(changed, place, lengths.prompt, ask, guess)
+    return Fit(parts, nearest.changes + more, tried)
+
+
+def _answering(cell: Cell, place: Slice, length: int, ask: Ask, guess: Ask) -> tuple[Part, tuple[str, ...]]:
+    """The program that answers, on the mesh that `evaluate` chooses or where it does not fit one that does.
+
+    Others have as little fsdp as can be: what it gathers may be gathered whole.
+    """
+    own = answering_mesh(cell, place)
+    devices, size = place.devices, SIZES[cell.llm.name]
+    heads = math.gcd(size.num_heads, size.num_kv_heads)
+    others = [
+        (devices // tensor // fsdp, fsdp, tensor)
+        for tensor in divisors(math.gcd(heads, devices))
+        for fsdp in divisors(devices // tensor)
+        if tensor <= MOST_TENSOR and fsdp * tensor >= own[1]
+    ]
+    meshes = [own, *sorted(others, key=lambda mesh: mesh[1:])]
+    nearest: Part | None = None
+    asked = 0
+    for mesh in dict.fromkeys(meshes):
+        request = Request("generate", cell, place.name, mesh, length)
+        if mesh != own and guess(request).needed > place.generation.hbm:
+            continue
+        part, asked = Part(request, ask(request)), asked + 1
+        if part.fits:
+            axes = (("fsdp", mesh[1]), ("tensor", mesh[2]))
+            return part, () if mesh == own else tuple(f"evaluate: mesh.{axis}={n}" for axis, n in axes)
+        if nearest is None or part.used < nearest.used:
+            nearest = part
+        if asked > _MOST_TRIES:
+            break
+    assert nearest is not None
+    return nearest, ()
 
 
 def _planned(cell: Cell, place: Slice, trial: Trial) -> tuple[Cell, tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """What a program takes of a device's memory, by arithmetic on shapes: no compiler, no devices.
 
 Arguments are exact. Temporaries are the largest of the phases of a program, each the sum of what lives in it,
-as read off programs that the TPU compiler scheduled; docs/paper-grid.md has what the two say of the same cells.
+as read off programs that the TPU compiler scheduled; docs/paper-grid.md has what the two say of one grid.
 """
 
 from __future__ import annotations
