@@ -143,7 +143,7 @@ def test_what_other_programs_keep_counts() -> None:
 
 def test_answers_that_do_not_fit_get_another_mesh() -> None:
     """With the tensor axis first; what it is, is told."""
-    cell = cell_of("qwen1.5-7b", attention="splash")
+    cell = cell_of("qwen1.5-7b", attention="splash", dtype="bfloat16")
     own = answering_mesh(cell, PLACE)
     assert own[1] > 1
 
