@@ -183,8 +183,8 @@ def _generate(cell: Cell, mesh: tuple[int, int, int], length: int) -> tuple[int,
     size, item = SIZES[cell.llm.name], jnp.dtype(dtype).itemsize
     rows = batch["tokens"].shape[0] // (data * fsdp)
     slots = length + cell.evaluate.max_new_tokens
-    head_dim = -(-size.head_dim // _TILE) * _TILE
-    cache = 2 * size.num_layers * rows * slots * size.num_kv_heads * head_dim * item // tensor
+    cache = 2 * size.num_layers * rows * slots * size.num_kv_heads * size.head_dim * item // tensor
     scores = _FLOAT32 * rows * size.num_heads * length**2 // tensor
     table = vocab_rows(cell) * size.width * item // tensor * (fsdp > 1)
+    # The cache as the prompts leave it and as the loop over tokens has it.
     return arguments, 2 * cache + scores + table, _CODE["generate"] * size.num_layers
