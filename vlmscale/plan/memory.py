@@ -30,7 +30,7 @@ from vlmscale.train.state import Places, abstract_state, lay_out
 from vlmscale.train.step import build_model
 
 _FLOAT32 = 4
-_CODE = {"train": 30, "tower": 4.5, "generate": 2.8}  # MiB of a program; of the latter two of each block
+_CODE = {"train": 30, "tower": 4.0, "generate": 2.8}  # MiB of a program; of the latter two of each block
 _GATHERED = 3  # layers whose weights are whole at a time, where fsdp splits them
 # libtpu 0.0.42, for v5e and not for v6e: the weights of all layers are gathered before the loop over tokens,
 # as far as there is memory, and about half of a tower's before its first block.
