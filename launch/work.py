@@ -124,16 +124,18 @@ def attempt(
             os.kill(os.getpid(), signal.SIGTERM)
 
     def preempted_or_failed(line: str, code: int) -> None:
-        if code == EXIT_AGAIN:
-            for path in unfinished(runs):
-                Status(path).update(state="preempted")
-        else:
-            fail(runs, line, code)
+        with contextlib.suppress(LostError):
+            held.renew()  # what is written below is the holder's to write
+            if code == EXIT_AGAIN:
+                for path in unfinished(runs):
+                    Status(path).update(state="preempted")
+            else:
+                fail(runs, line, code)
 
     with held.kept(life_s, lost, look):
         code = _ended(folder, runs, lambda: run(commit), preempted_or_failed)
         with contextlib.suppress(OSError, LostError):
-            held.renew()  # what is written below is the holder's to write
+            held.renew()
             if settle_cancel(runs):
                 say(f"{folder.name}: stopped as asked; vlmscale sweep retry runs it again")
                 code = EXIT_USER
