@@ -1,4 +1,4 @@
-"""`vlmscale sweep` status, retry, cancel, collect, work and --dry-run: on small directories, nothing trains."""
+"""`vlmscale sweep` status, retry, cancel, collect, work, --dry-run: on small directories, nothing trains."""
 
 from __future__ import annotations
 
