@@ -10,11 +10,11 @@ from pathlib import Path
 
 from launch.claims import FileClaims, describe, holder, take
 from launch.directory import Crew, SweepDirectory
-from launch.outcome import CANCEL, CLAIMS, TRIES, forgive, settle_cancel, unfinished
+from launch.outcome import CANCEL, CANCELLED, CLAIMS, TRIES, forgive, settle_cancel, unfinished
 from vlmscale.records import Status, make_directory, read_json, write_json
 
 Tell = Callable[[str], None]
-_STOPPED = ("failed", "cancelled")
+_STOPPED = ("failed", CANCELLED)
 
 
 def retry(sweep: SweepDirectory, cells: Sequence[str], tell: Tell) -> list[str]:
@@ -82,7 +82,7 @@ def cancel(sweep: SweepDirectory, cells: Sequence[str], tell: Tell) -> tuple[lis
     """
     wanted, cancelled, asked = set(sweep.chosen(cells)), [], []
     for crew in sweep.crews():
-        left = [run for run in unfinished(crew.runs) if _state(run) != "cancelled"]
+        left = [run for run in unfinished(crew.runs) if _state(run) != CANCELLED]
         if cells:
             _tell_others([run for run in crew.runs if run.name in wanted and run not in left], tell)
         if not wanted & {run.name for run in left}:

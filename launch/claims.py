@@ -96,11 +96,7 @@ class FileClaims(ClaimStore):
                 # An answer that NFS lost is asked for again, and then it is our own link that exists.
                 return temporary.stat().st_nlink == 2
             except OSError:  # no hard links on this disk
-                try:
-                    with path.open("x", encoding="utf-8") as file:
-                        file.write(text)
-                except FileExistsError:
-                    return False
+                return _create_whole(path, text)
         return True
 
     def renew(self, number: int) -> None:
@@ -244,6 +240,21 @@ def committed(store: ClaimStore) -> set[str]:
 def describe(entry: dict[str, Any]) -> str:
     """Who made an entry, for a message."""
     return f"process {entry['pid']} on {entry['host']}" if "pid" in entry else "another launcher"
+
+
+def _create_whole(path: Path, text: str) -> bool:
+    """Write a file if there is none; False where there is. One that cannot be written is taken away again."""
+    try:
+        file = path.open("x", encoding="utf-8")
+    except FileExistsError:
+        return False
+    try:
+        with file:
+            file.write(text)
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    return True
 
 
 def _living(store: ClaimStore, number: int, life_s: float) -> dict[str, Any] | None:

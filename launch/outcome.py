@@ -16,6 +16,7 @@ from vlmscale.records import Status
 
 TRIES = 3
 CANCEL = "cancel"  # file in a cell's directory: its holder is to save and stop
+CANCELLED = "cancelled"  # a state
 CLAIMS = "claims"  # folder of a cohort's entries
 
 
@@ -32,8 +33,8 @@ def held_back(runs: Sequence[Path]) -> str:
     """Why a cohort's unfinished cells are not to be run, or ""."""
     for run in unfinished(runs):
         status = Status(run).read()
-        if status["state"] == "cancelled":
-            return f"{run.name} is cancelled"
+        if status["state"] == CANCELLED:
+            return f"{run.name} is {CANCELLED}"
         if tries_left(status) < 1:
             return f"{run.name} failed: {status['last_error']}"
     return ""
@@ -78,7 +79,7 @@ def settle_cancel(runs: Sequence[Path]) -> bool:
     asked = cancel_asked(runs)
     left = unfinished(runs) if asked else []
     for run in left:
-        Status(run).update(state="cancelled")
+        Status(run).update(state=CANCELLED)
     for run in runs:
         (run / CANCEL).unlink(missing_ok=True)
     return bool(left)

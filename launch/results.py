@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ RESULTS = "results.jsonl"
 
 @dataclass
 class Collected:
-    """What was found: rows, cells that are done, cells in all, and rows that were there already."""
+    """What was found: rows, ids of cells that are done and of all, and how many rows were there already."""
 
-    rows: list[dict[str, Any]]
-    done: int
-    cells: int
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    done: set[str] = field(default_factory=set)
+    cells: set[str] = field(default_factory=set)
     repeated: int = 0
 
 
@@ -56,16 +56,16 @@ def gather(outs: Sequence[Path]) -> Collected:
       UserError: no directory of a sweep, a damaged file, or two directories with different scores for one
         cell and task.
     """
-    found = Collected([], 0, 0)
+    found = Collected()
     known: dict[tuple[Any, ...], tuple[Path, dict[str, Any]]] = {}
     for out in outs:
         sweep = read_sweep(out)
-        found.cells += len(sweep.cells)
+        found.cells |= set(sweep.cells)
         for name in sweep.cells:
             run = sweep.run(name)
             if Status(run).read()["state"] != "done":
                 continue
-            found.done += 1
+            found.done.add(name)
             path = run / "result.jsonl"
             for row in _read(path):
                 key = (row["cell_id"], row["task"], row["visual_tokens"])

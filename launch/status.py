@@ -12,7 +12,7 @@ from typing import Any
 
 from launch.claims import FileClaims, describe, holder
 from launch.directory import SweepDirectory, cohort_folder
-from launch.outcome import CLAIMS
+from launch.outcome import CANCELLED, CLAIMS
 from vlmscale.records import Status, read_json
 
 _TAIL = 4096  # bytes at the end of metrics.jsonl that are read
@@ -67,7 +67,7 @@ def watch(read: Callable[[], list[dict[str, Any]]]) -> None:
         rows = read()
         clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
         print(clear + table(rows), flush=True)
-        if all(row["state"] in ("done", "failed", "cancelled") for row in rows):
+        if all(row["state"] in ("done", "failed", CANCELLED) for row in rows):
             return
         time.sleep(_EVERY_S)
 

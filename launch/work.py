@@ -162,8 +162,13 @@ def run_cohort(folder: Path, runs: Sequence[Path], *, wait: bool, distributed: s
 
     def run(commit: Commit) -> None:
         # Of several processes jax has the handler, through which they agree on when to stop.
-        with contextlib.nullcontext() if distributed else _stoppable():
-            _train(folder, runs, commit)
+        try:
+            with contextlib.nullcontext() if distributed else _stoppable():
+                _train(folder, runs, commit)
+        except PreemptedError as error:
+            if agree(int(cancel_asked(runs))):  # by the same file all processes end alike
+                raise _CancelledError(str(error)) from error
+            raise
 
     return attempt(folder, runs, run, claim, LIFE_S, end)
 
@@ -183,6 +188,9 @@ def _ended(
     except LostError as error:
         say(f"{folder.name}: {error}; nothing more is written here")
         return EXIT_AGAIN
+    except _CancelledError as error:
+        say(str(error))
+        return EXIT_USER
     except PreemptedError as error:
         line, code = str(error), EXIT_AGAIN
     except (UserError, FloatingPointError) as error:  # a floating point error would come again
@@ -219,6 +227,10 @@ def _train(folder: Path, runs: Sequence[Path], commit: Commit) -> None:
             if agree(int(Status(run).read()["state"] != "done" and (run / "done.json").exists())):
                 evaluate(load_run(run), tell=tell)
                 commit(run)
+
+
+class _CancelledError(PreemptedError):
+    """Saved because somebody asked for it to be stopped: not to be run again."""
 
 
 class _Stopped(BaseException):

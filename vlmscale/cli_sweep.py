@@ -162,13 +162,14 @@ def _launch(sweep: Sweep, cells: list[CellDirectory], arguments: argparse.Namesp
 def _finish(cells: list[CellDirectory], out: Path, what: str) -> int:
     """Collect the results, and write the report where no cell failed."""
     from launch.directory import read_sweep
+    from launch.outcome import CANCELLED
     from launch.results import collect
     from vlmscale.records import Status
 
     with _turn(out):
         results = collect(read_sweep(out))
         print(f"{what}: {results}")
-        if any(Status(cell.path).read()["state"] not in ("done", "cancelled") for cell in cells):
+        if any(Status(cell.path).read()["state"] not in ("done", CANCELLED) for cell in cells):
             return 1
         _report(results)
     return 0
@@ -197,12 +198,13 @@ def _turn(out: Path) -> Iterator[None]:
 
 
 def _tell_unfinished(cohorts: list[Cohort], out: Path) -> None:
+    from launch.outcome import CANCELLED
     from vlmscale.records import Status
 
     for cohort in cohorts:
         for cell in cohort.cells:
             status = Status(cell.path).read()
-            if status["state"] == "cancelled":
+            if status["state"] == CANCELLED:
                 tell(f"{cell.label} ({cell.id}) is cancelled; vlmscale sweep retry {out} {cell.id}")
             elif status["state"] != "done":
                 reason = status["last_error"] or "it ended without a word"
@@ -290,7 +292,7 @@ def _retry(arguments: argparse.Namespace, overrides: list[str]) -> int:
     changed = retry(read_sweep(arguments.out), arguments.cells, tell)
     for name in changed:
         print(f"{name}: pending")
-    print(f"{len(changed)} cells are pending again" + ("; run the sweep to go on" if changed else ""))
+    print(f"cells that are pending again: {len(changed)}" + ("; run the sweep to go on" if changed else ""))
     return 0
 
 
@@ -299,7 +301,7 @@ def _cancel(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from launch.directory import read_sweep
 
     cancelled, asked = cancel(read_sweep(arguments.out), arguments.cells, tell)
-    print(f"{len(cancelled)} cells are cancelled, {len(asked)} are asked to save and stop")
+    print(f"cells that are cancelled: {len(cancelled)}; asked to save and stop: {len(asked)}")
     return 0
 
 
@@ -309,7 +311,7 @@ def _collect(arguments: argparse.Namespace, overrides: list[str]) -> int:
     found = collect_into(arguments.out, arguments.outs)
     more = f"; {found.repeated} rows were in several directories and count once" if found.repeated else ""
     print(
-        f"{len(found.rows)} rows of {found.done} finished cells, of {found.cells} in "
-        f"{len(arguments.outs)} sweeps{more}: {arguments.out}"
+        f"{len(found.rows)} rows of {len(found.done)} finished cells, of {len(found.cells)} in "
+        f"{', '.join(map(str, arguments.outs))}{more}: {arguments.out}"
     )
     return 0
