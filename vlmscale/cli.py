@@ -71,7 +71,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         code: int = arguments.run(arguments, overrides)
         return code
     except UserError as error:
-        what = f" {arguments.what}" if arguments.command in ("data", "bench", "sweep") else ""
+        what = f" {arguments.what}" if arguments.command in ("data", "bench") else ""
         print(f"vlmscale {arguments.command}{what}: {error}", file=sys.stderr)
         return EXIT_USER
     except KeyboardInterrupt:
