@@ -20,8 +20,8 @@ _STOPPED = ("failed", CANCELLED)
 def retry(sweep: SweepDirectory, cells: Sequence[str], tell: Tell) -> list[str]:
     """Make failed and cancelled cells pending again, with no attempts behind them.
 
-    A cell that the others of its cohort left behind is from then on a cohort of its own: the checkpoints of
-    the others do not hold it.
+    Cells of a cohort are run together, so all of its failed and cancelled ones become pending. One that the
+    others left behind is from then on a cohort of its own: their checkpoints do not hold it.
 
     Args:
       sweep: its directory.
@@ -36,7 +36,8 @@ def retry(sweep: SweepDirectory, cells: Sequence[str], tell: Tell) -> list[str]:
     """
     wanted, changed, alone = set(sweep.chosen(cells)), [], []
     for crew in sweep.crews():
-        stopped = [run for run in crew.runs if run.name in wanted and _state(run) in _STOPPED]
+        every = [run for run in crew.runs if _state(run) in _STOPPED]
+        stopped = [run for run in every if run.name in wanted]
         if cells:
             _tell_others([run for run in crew.runs if run.name in wanted and run not in stopped], tell)
         if not stopped:
@@ -49,6 +50,10 @@ def retry(sweep: SweepDirectory, cells: Sequence[str], tell: Tell) -> list[str]:
         behind = [run for run in crew.runs if Status(run).read().get("failed_at") is not None]
         apart = behind if len(behind) < len(crew.runs) or not set(behind) <= set(stopped) else []
         training = set(unfinished(crew.runs)) - set(behind)
+        beside = [run for run in every if run not in stopped and run not in behind]
+        if beside and not set(stopped) <= set(apart):
+            tell(f"{', '.join(run.name for run in beside)}: in the same cohort, pending as well")
+            stopped += beside
         for run in stopped:
             if run in apart and training:
                 tell(f"{run.name}: was left behind by cells that are not done; retry it when they are")

@@ -96,7 +96,7 @@ class FileClaims(ClaimStore):
                 # An answer that NFS lost is asked for again, and then it is our own link that exists.
                 return temporary.stat().st_nlink == 2
             except OSError:  # no hard links on this disk
-                return _create_whole(path, text)
+                return _create_alone(path, text)
         return True
 
     def renew(self, number: int) -> None:
@@ -242,18 +242,13 @@ def describe(entry: dict[str, Any]) -> str:
     return f"process {entry['pid']} on {entry['host']}" if "pid" in entry else "another launcher"
 
 
-def _create_whole(path: Path, text: str) -> bool:
-    """Write a file if there is none; False where there is. One that cannot be written is taken away again."""
+def _create_alone(path: Path, text: str) -> bool:
+    """Write a file if there is none; False where there is. What a full disk cuts holds until it expires."""
     try:
-        file = path.open("x", encoding="utf-8")
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
     except FileExistsError:
         return False
-    try:
-        with file:
-            file.write(text)
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
     return True
 
 

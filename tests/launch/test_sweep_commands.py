@@ -163,6 +163,14 @@ def test_retry_leaves_a_cohort_alone_that_somebody_works_on(tmp_path: Path, caps
     assert states(out) == ["failed", "running"]
 
 
+def test_retry_takes_the_failed_cells_of_a_cohort_together(tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "out"
+    names = make_sweep(out, ["failed", "failed", "done", "failed"], together=3)
+    assert main(["sweep", "retry", str(out), names[0]]) == 0
+    assert f"{names[1]}: in the same cohort, pending as well" in capsys.readouterr().err
+    assert states(out) == ["pending", "pending", "done", "failed"]
+
+
 def test_a_cell_that_was_left_behind_is_retried_alone_when_the_others_are_done(
     tmp_path: Path, capsys: Any
 ) -> None:

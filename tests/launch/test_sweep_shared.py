@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from launch.claims import FileClaims
 from launch.directory import read_sweep
 from tests.integration.processes import at_work, free_port, told
-from tests.integration.tiny import DATA, lines, read, steps, wait_for
+from tests.integration.tiny import DATA, lines, read, saved_steps, steps, wait_for
 from vlmscale.cli import main
 
 FILE = """
@@ -29,6 +30,14 @@ from vlmscale.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 LAUNCHER = "import sys; from vlmscale.cli import main; sys.exit(main(sys.argv[1:]))"
+# A worker whose claims expire soon.
+WORKER = """
+import sys
+from pathlib import Path
+import launch.work
+launch.work.LIFE_S = 10.0
+sys.exit(launch.work.run_cohort(Path(sys.argv[1]), [Path(word) for word in sys.argv[2:]], wait=True))
+"""
 
 
 def command(tmp_path: Path, workers: int) -> list[str]:
@@ -81,3 +90,42 @@ def test_a_job_of_two_processes_works_on_a_cohort(tmp_path: Path, monkeypatch: A
     assert kinds(crew.folder)[-1] == "release"
     assert main(["sweep", "collect", str(out), "--out", str(tmp_path / "all.jsonl")]) == 0
     assert "22 rows of 2 finished cells" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_paused_for_too_long_leaves_its_cohort_to_the_next(
+    tmp_path: Path, monkeypatch: Any
+) -> None:
+    out, often = tmp_path / "out", ["--config.train.checkpoint_every=5", "--config.train.heldout_every=1000"]
+    with monkeypatch.context() as patch:
+        patch.setattr("launch.local.run_cohorts", lambda *_: True)
+        assert main([*command(tmp_path, 1), *steps(300), *often]) == 42
+    [crew] = read_sweep(out).crews()
+    words = [str(crew.folder), *map(str, crew.runs)]
+    logs = [tmp_path / name for name in ("late", "next")]
+    for folder in logs:
+        folder.mkdir()
+    with at_work(WORKER, [words], logs[0]) as late, at_work(WORKER, [words], logs[1]) as following:
+        [(first, _)], [(second, _)] = late, following
+        assert wait_for(lambda: bool(saved_steps(crew.folder)), 120), told(late + following)
+        assert wait_for(lambda: second.poll() is not None or first.poll() is not None, 120)
+        # The one that came second saw that the first was alive.
+        loser, paused = (second, first) if second.poll() is not None else (first, second)
+        assert loser.returncode == 42, told(late + following)
+        paused.send_signal(signal.SIGSTOP)
+        saved = saved_steps(crew.folder)[-1]
+        (tmp_path / "third").mkdir()
+        with at_work(WORKER, [words], tmp_path / "third") as third:
+            [(successor, _)] = third
+            assert wait_for(lambda: kinds(crew.folder) == ["claim", "claim"], 120), told(third)
+            paused.send_signal(signal.SIGCONT)
+            assert wait_for(lambda: paused.poll() is not None and successor.poll() is not None, 200), told(
+                third
+            )
+        assert paused.returncode == 42, told(late + following)
+        assert successor.returncode == 0, told(third)
+    assert "expired and was taken over" in told(late) + told(following)
+    assert kinds(crew.folder) == ["claim", "claim", "commit", "commit", "release"]
+    for run in crew.runs:
+        assert read(run / "done.json")["resumed_from"][0] >= saved
+        assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, 301))
