@@ -9,6 +9,8 @@ from types import TracebackType
 from tqdm import tqdm
 
 from launch.cohorts import Cohort
+from launch.outcome import CANCELLED
+from vlmscale.errors import EXIT_USER
 
 _LINE_EVERY_S = 60.0
 
@@ -75,6 +77,8 @@ class Bars:
         """Say that a cohort's process has ended."""
         if not self.terminal:
             words = {0: "done", 42: "saved, to be run again"}.get(code, f"failed (exit {code})")
+            if code == EXIT_USER and cohort.held_back.endswith(CANCELLED):
+                words = CANCELLED
             print(f"{cohort.label} ({cohort.id}): {words}", file=sys.stderr)
 
     def _work_done(self) -> float:

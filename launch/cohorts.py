@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.state import CellDirectory, steps_done
+from launch.directory import cohort_folder, cohort_id
+from launch.outcome import held_back, unfinished
+from launch.state import CellDirectory
+from launch.status import steps_done
 from vlmscale.config import Cell, leaves
 from vlmscale.records import read_json, write_json
 from vlmscale.train.cohort import alike
@@ -62,8 +64,17 @@ class Cohort:
     @property
     def finished(self) -> bool:
         """Nothing is left to do: each cell is done, or was left behind by the others."""
-        left = [cell for cell in self.cells if not cell.finished]
-        return not left or (len(left) < len(self.cells) and all(cell.left_behind for cell in left))
+        return not unfinished(self.runs)
+
+    @property
+    def held_back(self) -> str:
+        """Why what is left is not to be run until it is retried, or ""."""
+        return held_back(self.runs)
+
+    @property
+    def runs(self) -> list[Path]:
+        """Directories of its cells."""
+        return [cell.path for cell in self.cells]
 
     @property
     def work(self) -> float:
@@ -78,7 +89,7 @@ class Cohort:
     @property
     def done(self) -> int:
         """Steps done so far."""
-        return max(map(steps_done, self.cells))
+        return max(map(steps_done, self.runs))
 
 
 def fix_cohorts(
@@ -106,10 +117,9 @@ def fix_cohorts(
 
 def make_cohort(cells: Sequence[CellDirectory], out: Path) -> Cohort:
     """The cohort of these cells."""
-    if len(cells) == 1:
-        return Cohort(cells[0].id, tuple(cells), cells[0].path)
-    name = hashlib.sha256(",".join(cell.id for cell in cells).encode()).hexdigest()[:12]
-    return Cohort(name, tuple(cells), out / "cohorts" / name)
+    ids = [cell.id for cell in cells]
+    folder = cells[0].path if len(cells) == 1 else cohort_folder(out, ids)
+    return Cohort(cohort_id(ids), tuple(cells), folder)
 
 
 def plan_cohorts(
@@ -126,14 +136,19 @@ def plan_cohorts(
       workers: processes that will run at a time.
       memory: bytes that one may take.
     """
-    groups: dict[str, list[CellDirectory]] = {}
-    for cell in cells:
-        groups.setdefault(_shared(cell), []).append(cell)
     every: list[list[CellDirectory]] = []
-    for group in groups.values():
+    for group in sharing(cells):
         for part in _by_order(group, prepared):
             every += _split(part, prepared, min(workers, len(part)), memory)
     return every
+
+
+def sharing(cells: Sequence[CellDirectory]) -> list[list[CellDirectory]]:
+    """Cells that may train together, as far as their configs tell."""
+    groups: dict[str, list[CellDirectory]] = {}
+    for cell in cells:
+        groups.setdefault(_shared(cell), []).append(cell)
+    return list(groups.values())
 
 
 def _shared(cell: CellDirectory) -> str:

@@ -1,4 +1,7 @@
-"""Run a sweep on this machine: one process a cohort, each on a core of its own, on all cores."""
+"""Run a sweep on this machine: one process a cohort, each on a core of its own, on all cores.
+
+Other launchers may run the same directory, here or elsewhere: what they hold is left to them.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from launch.bars import Bars
+from launch.claims import FileClaims, holder, take
 from launch.cohorts import Cohort
-from vlmscale.errors import EXIT_USER
-from vlmscale.records import Status, make_directory
+from launch.outcome import CLAIMS, TRIES, fail, unfinished
+from vlmscale.errors import EXIT_AGAIN, EXIT_USER
+from vlmscale.records import make_directory
 
 _POLL_S = 0.25
-_MAX_ATTEMPTS = 3
+_LOOK_S = 2.0
 
 
 @dataclass
@@ -44,6 +50,8 @@ def cores() -> list[int] | list[None]:
 def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
     """Run all unfinished cohorts, the longest first; what became of each cell says its status.
 
+    Returns when none is left, those of other launchers included, or all that are cannot be run.
+
     Args:
       cohorts: the whole sweep, finished ones included.
       workers: processes at a time; None for one a core.
@@ -55,13 +63,14 @@ def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
     if workers is not None:
         free = free[:workers] if free[0] is not None else [None] * workers
     waiting = sorted((c for c in cohorts if not c.finished), key=lambda c: -c.work)
-    attempts: dict[str, int] = {}
+    faults: Counter[str] = Counter()  # also in status.json, if that can be written
     running: list[Running] = []
+    elsewhere: dict[str, float] = {}  # when a cohort of others is looked at again
     told = False
     with _signals() as stopped, Bars(cohorts) as bars:
         while running or (waiting and not stopped):
-            while waiting and free and not stopped:
-                running.append(_start(waiting.pop(0), free.pop(0)))
+            while free and not stopped and (cohort := _next(waiting, elsewhere)) is not None:
+                running.append(_start(cohort, free.pop(0)))
             if stopped and not told:
                 told = True
                 for item in running:
@@ -70,23 +79,54 @@ def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
             for item in [item for item in running if item.process.poll() is not None]:
                 running.remove(item)
                 free.append(item.core)
-                attempts[item.cohort.id] = attempts.get(item.cohort.id, 0) + 1
                 if stopped:
                     continue
-                if _again(item, attempts[item.cohort.id]):
+                faults[item.cohort.id] += item.process.returncode not in (0, EXIT_USER, EXIT_AGAIN)
+                if _again(item, faults[item.cohort.id]):
                     waiting.append(item.cohort)
                 bars.finished(item.cohort, item.process.returncode)
             bars.update([item.cohort for item in running])
     return bool(stopped)
 
 
-def _again(item: Running, attempts: int) -> bool:
+def command(cohort: Cohort, core: int | None, parent: int | None = None) -> list[str]:
+    """What runs a cohort: the words of its process.
+
+    Args:
+      cohort: it.
+      core: that it is bound to, if any.
+      parent: the launcher with which it stops, if any.
+    """
+    words = [sys.executable, "-P", "-m", "launch.worker", str(cohort.path)]
+    words += [] if parent is None else ["--parent", str(parent)]
+    words += [] if core is None else ["--core", str(core)]
+    return [*words, "--cells", *map(str, cohort.runs)]
+
+
+def _next(waiting: list[Cohort], elsewhere: dict[str, float]) -> Cohort | None:
+    """Take the first cohort out of `waiting` that can be started now, and all that need not be any more."""
+    now = time.monotonic()
+    for cohort in list(waiting):
+        if elsewhere.get(cohort.id, now) > now:
+            continue
+        if cohort.finished or cohort.held_back:
+            waiting.remove(cohort)
+        elif holder(FileClaims(cohort.path / CLAIMS)) is None:
+            waiting.remove(cohort)
+            return cohort
+        else:
+            elsewhere[cohort.id] = now + _LOOK_S
+    return None
+
+
+def _again(item: Running, faults: int) -> bool:
     code = item.process.returncode
     if code < 0:  # killed: the process could not write this itself
-        for cell in item.cohort.cells:
-            if not cell.finished and not cell.left_behind:
-                Status(cell.path).update(state="failed", last_error=f"killed by signal {-code}")
-    return code not in (0, EXIT_USER) and attempts < _MAX_ATTEMPTS
+        claim = take(FileClaims(item.cohort.path / CLAIMS))
+        if claim is not None:  # else another launcher goes on already
+            fail(unfinished(item.cohort.runs), f"killed by signal {-code}", code)
+            claim.release()
+    return code not in (0, EXIT_USER) and faults < TRIES
 
 
 def _platform() -> str:
@@ -98,11 +138,8 @@ def _start(cohort: Cohort, core: int | None) -> Running:
     make_directory(cohort.path)
     log = (cohort.path / "log.txt").open("a")
     environment = os.environ | {"JAX_PLATFORMS": _platform()}
-    place = [] if core is None else ["--core", str(core)]
-    cells = [str(cell.path) for cell in cohort.cells]
-    words = [str(cohort.path), "--parent", str(os.getpid()), *place, "--cells", *cells]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "launch.worker", *words],
+        command(cohort, core, os.getpid()),
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +18,8 @@ from vlmscale.cli_bench import add_bench
 from vlmscale.cli_data import add_data
 from vlmscale.cli_evaluate import DTYPES, add_distributed, add_evaluate
 from vlmscale.cli_plan import add_plan
-from vlmscale.errors import EXIT_AGAIN, EXIT_USER, UserError, disk_fault
+from vlmscale.cli_sweep import add_demo, add_sweep
+from vlmscale.errors import EXIT_AGAIN, EXIT_USER, PreemptedError, UserError, disk_fault
 from vlmscale.terminal import add_command, progress_bar, tell
 
 
@@ -99,18 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"vlmscale {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    demo = add_command(
-        commands,
-        "demo",
-        _sweep_run,
-        "train the demo sweep and write its report; --config.KEY=VALUE overrides",
-        "vlmscale demo --out runs/demo",
-    )
-    demo.add_argument(
-        "--out", type=Path, default=Path("runs/demo"), help="sweep directory (default runs/demo)"
-    )
-    demo.set_defaults(sweep="configs/sweeps/demo.py", workers=None, memory=None, takes_config=True)
-
+    add_demo(commands)
     train = add_command(
         commands,
         "train",
@@ -134,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     add_advise(commands)
     _add_convert(commands)
     add_data(commands)
-    _add_sweep(commands)
+    add_sweep(commands)
     tower = add_command(
         commands, "tower", _tower, "train the demo's vision tower", "vlmscale tower --out tower.safetensors"
     )
@@ -166,139 +154,13 @@ def _add_convert(commands: Any) -> None:
     convert.add_argument("--dtype", choices=DTYPES, help="what tensors are cast to (default: as they are)")
 
 
-def _add_sweep(commands: Any) -> None:
-    sweep = commands.add_parser("sweep", help="run sweeps of cells").add_subparsers(
-        dest="what", required=True
-    )
-    run = add_command(
-        sweep,
-        "run",
-        _sweep_run,
-        "train and evaluate all cells and write the report; --config.KEY=VALUE overrides",
-        "vlmscale sweep run configs/sweeps/demo.py --out DIR",
-    )
-    run.add_argument("sweep", metavar="SWEEP", help="file with get_sweep(overrides)")
-    run.add_argument("--out", type=Path, required=True)
-    run.add_argument("--workers", type=int, default=None, help="processes at a time (default: one a core)")
-    run.add_argument(
-        "--memory",
-        type=float,
-        metavar="GIB",
-        help="what a process may take, for planning cohorts (default: an equal share of this machine's free "
-        "memory; on an accelerator name that of the device)",
-    )
-    run.set_defaults(takes_config=True)
-    status = add_command(
-        sweep, "status", _sweep_status, "the state of every cell", "vlmscale sweep status DIR"
-    )
-    status.add_argument("out", type=Path, metavar="DIR")
-    status.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else on stdout"
-    )
-
-
-def _report(results: Path) -> None:
-    """Write the report of a finished sweep beside its results, unless it is there and as new."""
-    from analysis.data import DataError, load
-    from analysis.report import write_report
-
-    report = results.with_name("report") / "report.html"
-    if not report.exists() or report.stat().st_mtime < results.stat().st_mtime:
-        try:
-            if not load(results.parent).comparable:
-                print("no report: fewer than two cells with an image", file=sys.stderr)
-                return
-            print("comparing the cells and drawing the report ...", file=sys.stderr)
-            write_report(results.parent, report.parent)
-        except DataError as error:
-            raise UserError(str(error)) from error
-    print(f"report: {report}")
-
-
-def _sweep_run(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from launch.local import cores, run_cohorts
-    from launch.state import collect, open_sweep
-    from vlmscale.evaluate.items import check_files
-    from vlmscale.loading import load_sweep
-    from vlmscale.records import Status
-
-    if arguments.workers is not None and arguments.workers < 1:
-        raise UserError(f"--workers={arguments.workers}: must be above 0")
-    sweep = load_sweep(arguments.sweep, overrides)
-    check_files([cell.evaluate for cell in sweep.cells])
-    cells = open_sweep(sweep, arguments.out)
-    if all(cell.finished for cell in cells):
-        results = collect(cells, arguments.out)
-        print(f"all {len(cells)} cells are done: {results}")
-        _report(results)
-        return 0
-    import jax
-
-    from launch.cohorts import fix_cohorts
-    from vlmscale.train.prepared import prepare
-    from vlmscale.train.run import open_run
-
-    jax.config.update("jax_platforms", "cpu")  # this process must not hold the devices that its workers need
-    prepared = prepare([cell.cell for cell in cells], arguments.out / "data", progress_bar(), tell)
-    print(prepared.manifest["summary"], file=sys.stderr)
-    memory = None if arguments.memory is None else arguments.memory * 2**30
-    cohorts = fix_cohorts(cells, arguments.out, prepared, arguments.workers or len(cores()), memory)
-    for cohort in cohorts:
-        for cell in cohort.cells:
-            open_run(cell.cell, cell.path, prepared.path, sweep.name, cohort.id)
-    if run_cohorts(cohorts, arguments.workers):
-        print("stopped; every cell is saved, run again to go on", file=sys.stderr)
-        return EXIT_AGAIN
-    failed = [(cohort, cell) for cohort in cohorts for cell in cohort.cells if not cell.finished]
-    for cohort, cell in failed:
-        reason = Status(cell.path).read()["last_error"] or "it ended without a word"
-        print(f"{cell.label} ({cell.id}) failed: {reason} (see {cohort.path / 'log.txt'})", file=sys.stderr)
-    results = collect(cells, arguments.out)
-    print(f"results: {results}")
-    if failed:
-        return 1
-    _report(results)
-    return 0
-
-
-def _sweep_status(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from launch.state import CellDirectory, steps_done
-    from vlmscale.config import from_dict
-    from vlmscale.records import Status, read_json
-
-    rows = []
-    for name in read_json(arguments.out / "sweep.json")["cells"]:
-        path = arguments.out / "cells" / name
-        spec = read_json(path / "spec.json") if (path / "spec.json").exists() else None
-        status = Status(path).read()
-        row = {"cell_id": name, "cell": "", "step": 0, "steps": 0} | {
-            k: status[k] for k in ("state", "attempts", "last_error")
-        }
-        if spec:
-            cell = CellDirectory(name, from_dict(spec["config"]), path)
-            row |= {"cell": cell.label, "step": steps_done(cell), "steps": cell.cell.train.steps}
-        rows.append(row)
-    if arguments.json:
-        print(json.dumps({"cells": rows}))
-        return 0
-    width = max((len(row["cell"]) for row in rows), default=0)
-    for row in rows:
-        print(
-            f"{row['cell_id']}  {row['cell']:{width}} {row['state']:9} {row['step']:>6}/{row['steps']:<6} "
-            f"attempts {row['attempts']}  {row['last_error'] or ''}"
-        )
-    states = Counter(row["state"] for row in rows)
-    print(f"{len(rows)} cells: {', '.join(f'{count} {state}' for state, count in states.most_common())}")
-    return 0
-
-
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from vlmscale.distributed import agree, leader, start, wait_for_leader
     from vlmscale.evaluate.items import check_files
     from vlmscale.loading import load_cell
     from vlmscale.records import Status
     from vlmscale.train.cohort import Member
-    from vlmscale.train.loop import PreemptedError, train
+    from vlmscale.train.loop import train
     from vlmscale.train.prepared import MANIFEST, Prepared, load_manifest, prepare
     from vlmscale.train.run import exclusive, keep_programs, open_run
 

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and the faults of a disk that read like one."""
+"""How commands end: a user's mistake, a stop after saving, faults of a disk that read like a mistake."""
 
 import errno
 import os
@@ -11,6 +11,10 @@ class UserError(Exception):
 
     The command line prints the line and exits with 2; such a failure is never worth a retry.
     """
+
+
+class PreemptedError(Exception):
+    """Work stopped on a signal after saving: the process exits with 42 and is to be run again."""
 
 
 _REFUSALS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EISDIR", "ENAMETOOLONG")

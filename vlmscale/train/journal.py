@@ -83,7 +83,7 @@ class Journal:
             if not step:
                 before.pop("failed_at", None)
             if leader() and before.get("failed_at") is None:
-                known = before["resumed_from"] + ([step] if before["attempts"] else [])
+                known = before["resumed_from"] + ([step] if step or before["attempts"] else [])
                 status.update(state="running", resumed_from=known, failed_at=None, last_error=None)
 
     def open(self, step: int, groups: Sequence[Group], reading: Reading, prepared: Prepared) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from vlmscale.distributed import agree, host_part, leader
+from vlmscale.errors import PreemptedError
 from vlmscale.records import Status, make_directory, read_json, write_json
 from vlmscale.sharding import check_batch
 from vlmscale.train.checkpoint import Checkpoints
@@ -37,10 +38,6 @@ from vlmscale.weights import tree
 _FLUSH_EVERY = 25  # logged steps whose values are fetched from the devices together, at most
 _FLUSH_S = 2.0  # or once so many seconds have passed
 Progress = Callable[[int, int, str], None]
-
-
-class PreemptedError(Exception):
-    """Training stopped on a signal after saving: the process exits with 42 and is to be run again."""
 
 
 @dataclass
