@@ -131,8 +131,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
         raise DataError(f"{path}: not JSON ({error})") from error
-    keys = {"group", "laws", "data", "cost", "more_groups", "methods"}
-    if not isinstance(record, dict) or not keys <= record.keys():
+    if not _is_record(record):
         raise DataError(f"{path}: no analysis.json; vlmscale analyze DATA --out DIR writes one")
     for group in groups_of(record):
         if "prediction" not in group:
@@ -141,6 +140,23 @@ def read_record(path: Path) -> dict[str, Any]:
                 "vlmscale analyze again"
             )
     return record
+
+
+def _is_record(record: Any) -> bool:
+    """Whether it has the parts of an analysis that advice reads."""
+    kinds = {"group": str, "laws": dict, "data": dict, "cost": dict}
+    top = {"more_groups": list, "methods": list}
+    if not isinstance(record, dict) or not all(isinstance(record.get(key), top[key]) for key in top):
+        return False
+    for group in (record, *record["more_groups"]):
+        if not isinstance(group, dict) or not all(isinstance(group.get(key), kinds[key]) for key in kinds):
+            return False
+        cells = group["data"].get("cells")
+        if not isinstance(cells, list) or not all(
+            isinstance(x, dict) and {"n", "v"} <= x.keys() for x in cells
+        ):
+            return False
+    return True
 
 
 def groups_of(record: dict[str, Any], name: str | None = None) -> list[dict[str, Any]]:
@@ -165,6 +181,8 @@ def predictor(group: dict[str, Any]) -> Predictor | None:
       DataError: the record names a law, or holds numbers, that cannot be used.
     """
     kept, name = group["prediction"], group["best_law"]
+    if kept is not None and (not isinstance(kept, dict) or name not in group["laws"]):
+        raise DataError(f"{group['group']}: prediction is damaged; run vlmscale analyze again")
     if kept is None or not group["laws"][name]["ratio_identified"]:
         return None
     if kept.get("law") not in LAWS:
@@ -176,6 +194,8 @@ def predictor(group: dict[str, Any]) -> Predictor | None:
         frame = Frame(float(kept["centre_ln_n"]), float(kept["centre_ln_v"]))
         theta = np.array(kept["theta"], dtype=np.float64).reshape(law.size)
         draws = np.array(kept["draws"], dtype=np.float64).reshape(-1, law.size)
+        if not (np.isfinite(theta).all() and np.isfinite(draws).all()):
+            raise ValueError("not finite")
     except (KeyError, TypeError, ValueError):
         raise DataError(f"{group['group']}: prediction is damaged; run vlmscale analyze again") from None
     return Predictor(law, frame, theta, draws)

@@ -109,7 +109,7 @@ def test_time_by_a_roofline(law: str, capsys: Capture) -> None:
 
 def test_time_by_a_latency_file(law: str, tmp_path: Path, capsys: Capture) -> None:
     path = str(write_file(tmp_path / "latency.json", made_file()))
-    words = ["--budget", "60", "--law", law, "--latency", path, "--gen-tokens", "10", "--batch", "8"]
+    words = ["--budget", "60ms", "--law", law, "--latency", path, "--gen-tokens", "10", "--batch", "8"]
     found = told([*words, "--text-tokens", "50", "--device", "h200", "--top", "40"], capsys)
     assert found["unit"] == "ms"
     remarks = found["groups"][0]["remarks"]
@@ -156,8 +156,9 @@ def test_llms_that_no_table_knows_are_charged_as_usual_ones(tmp_path: Path, caps
         (["--budget", "1e12", "--llm", "gpt"], "--llm gpt: neither measured nor known"),
         (["--budget", "1e12", "--visual-tokens", "0"], "--visual-tokens 0"),
         (["--budget", "1e12", "--tower", "scenes-48"], "give both, or neither"),
-        (["--budget", "1e12", "--latency", "FILE", "--device", "l4"], "was measured on NVIDIA H200"),
-        (["--budget", "1", "--latency", "FILE", "--tower", "x", "--compressor", "y"], "says what was timed"),
+        (["--budget", "10ms", "--latency", "FILE", "--device", "l4"], "was measured on NVIDIA H200"),
+        (["--budget", "1e12", "--latency", "FILE"], "such as 40ms"),
+        (["--budget", "1ms", "--latency", "FILE", "--tower", "x", "--compressor", "y"], "what was timed"),
         (["--budget", "1e12", "--latency", "LAW"], "no latency file"),
         (["--budget", "1e12", "--law", "FILE"], "no analysis.json"),
         (["--budget", "1e12", "--law", "NONE"], "No such file"),

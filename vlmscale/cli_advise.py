@@ -201,6 +201,8 @@ def _price(arguments: argparse.Namespace, record: dict[str, Any]) -> tuple[_Pric
     timed = read_latency(arguments.latency, "shape") if arguments.latency else None
     device = find_device(arguments.device) if arguments.device else None
     if timed is not None:
+        if not in_ms:
+            raise UserError(f"--budget {arguments.budget}: with --latency it is a time, such as 40ms")
         if device is not None and device.kind != timed.device:
             raise UserError(
                 f"--device {arguments.device}: {arguments.latency} was measured on {timed.device}"
@@ -218,8 +220,7 @@ def _price(arguments: argparse.Namespace, record: dict[str, Any]) -> tuple[_Pric
         raise UserError(f"--batch {arguments.batch:g}: FLOPs do not depend on it; give --device or --latency")
     if bool(arguments.tower) != bool(arguments.compressor):
         raise UserError("--tower and --compressor: an image needs both; give both, or neither")
-    by_time = in_ms or timed is not None
-    return _Price(q, arguments.gen_tokens, arguments.batch, timed, device, by_time), budget
+    return _Price(q, arguments.gen_tokens, arguments.batch, timed, device, in_ms), budget
 
 
 def _budget(text: str) -> tuple[float, bool]:

@@ -80,4 +80,9 @@ def test_other_data_are_no_cohort() -> None:
     one, other = cell_of("toy-135k", 4), cell_of("toy-135k", 49)
     other.data.max_text_tokens = 100
     assert len(cohorts([(cell, fit_of(cell)) for cell in (one, other)])) == 2
-    assert store_bytes(replace(one, compressor=CompressorConfig("pool", 0))) == 0
+    assert store_bytes([replace(one, compressor=CompressorConfig("pool", 0))]) == 0
+    # What two methods read of one tower is stored once: the selected layer is in both.
+    packer = replace(one, compressor=CompressorConfig("tokenpacker", 49))
+    size = TOWERS[TOWER]
+    per_layer = 1600 * size.num_patches * size.width * 2
+    assert store_bytes([one, packer]) == store_bytes([packer]) == (1 + len(size.levels)) * per_layer

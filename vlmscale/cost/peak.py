@@ -99,9 +99,9 @@ _BANDWIDTHS: dict[str, float] = {
     "TPU v2": 700 / 2 * _GB,
     "TPU v3": 900 / 2 * _GB,
     "TPU v4": 1228 * _GB,
-    "TPU v5 lite": 819 * _GB,
-    "TPU v5": 2765 * _GB,
-    "TPU v6 lite": 1640 * _GB,
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), 819 * _GB),
+    **dict.fromkeys(("TPU v5", "TPU v5p"), 2765 * _GB),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), 1640 * _GB),
     "TPU7x": 7380 / 2 * _GB,
 }
 
@@ -129,6 +129,8 @@ _NAMES = {
     "v5p": "TPU v5",
     "v6e": "TPU v6 lite",
     "7x": "TPU7x",
+    "v5litepod": "TPU v5 lite",
+    "tpu7x": "TPU7x",
 }
 
 

@@ -106,7 +106,7 @@ def time_step(cell: Cell, place: Slice, length: int, steps: int) -> Timed:
     check_mesh(cell, place)
     shape = own_mesh(cell, place)
     mesh = make_mesh(*shape)
-    check_batch(cell.train.batch_size, mesh, accumulate=cell.train.accumulate)
+    check_batch(cell.train.batch_size, mesh, cell.data.pack_rows, cell.train.accumulate)
     dtype = jnp.dtype(compute_dtype(cell.train)).name
     train = replace(
         cell.train,

@@ -16,6 +16,7 @@ import threading
 import time
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 from vlmscale.config import Cell, from_dict, to_dict
 from vlmscale.errors import UserError
 from vlmscale.plan.slices import Slice, find_slice
-from vlmscale.records import read_json, write_json
+from vlmscale.records import write_json
 from vlmscale.train.frozen import needs_of
 
 _QUIET = {  # the first two keep libtpu from asking a metadata server; the third lets others use it meanwhile
@@ -95,11 +96,32 @@ class Request:
             shape["data"] = [data["vocab_size"], data["max_text_tokens"], *(bool(data[x]) for x in flags)]
         if self.program == "generate":
             shape["evaluate"] = [cell["evaluate"][name] for name in ("batch_size", "max_new_tokens")]
-        versions = [metadata.version(name) for name in ("jax", "libtpu", "flax")]
-        parts = [self.program, shape, self.topology, self.mesh, self.length, versions]
+        parts = [self.program, shape, self.topology, self.mesh, self.length, _versions()]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+@lru_cache(maxsize=1)
+def _versions() -> list[str]:
+    """Of all that makes a program: jax, flax, the compiler ("" where it is not installed), and this code."""
+    found = []
+    for name in ("jax", "libtpu", "flax"):
+        try:
+            found.append(metadata.version(name))
+        except metadata.PackageNotFoundError:
+            found.append("")
+    code, root = hashlib.sha256(), Path(__file__).parent.parent
+    for pattern in _CODE:
+        for path in sorted(root.glob(pattern)):
+            code.update(path.read_bytes())
+    return [*found, code.hexdigest()]
+
+
+# What programs are made of.
+_CODE = (
+    *("attention.py", "layers.py", "sharding.py", "models/*.py", "compressors/*.py"),
+    *("train/loss.py", "train/step.py", "train/program.py", "train/recipe.py"),
+    *("evaluate/generation.py", "plan/programs.py", "plan/abstract.py"),
+)
 # Of the recipe, what a program's shape depends on.
 _RATES = ("compressor_rate", "llm_rate", "tower_rate")
 _SHAPES = {
@@ -124,16 +146,17 @@ def needs_libtpu() -> None:
 
 def known(request: Request, cache: Path) -> Compiled | None:
     """What the compiler said before, if it was asked."""
-    path = cache / f"{request.key()}.json"
-    return Compiled(**read_json(path)["compiled"]) if path.exists() else None
+    try:
+        return Compiled(**json.loads((cache / f"{request.key()}.json").read_text())["compiled"])
+    except (OSError, ValueError, KeyError, TypeError):  # none, or one that was cut off or is of another form
+        return None
 
 
 def compile_request(request: Request, cache: Path) -> Compiled:
     """What the compiler says; from the cache where it was asked before.
 
     Raises:
-      UserError: libtpu is not installed, or the mesh cannot hold the cell.
-      RuntimeError: the compiler failed otherwise.
+      UserError: libtpu is not installed, the mesh cannot hold the cell, or the compiler failed otherwise.
     """
     needs_libtpu()
     before = known(request, cache)
@@ -148,10 +171,13 @@ def compile_request(request: Request, cache: Path) -> Compiled:
         env=os.environ | _QUIET,
         check=False,
     )
+    said = done.stderr.strip().splitlines() or ["nothing was said"]
     if done.returncode == 2:
-        raise UserError(done.stderr.strip().splitlines()[-1])
+        raise UserError(said[-1])
     if done.returncode:
-        raise RuntimeError(f"compiling for {request.topology}: {done.stderr[-2000:]}")
+        what = f"{request.program} of {request.cell.llm.name} for {request.topology}"
+        why = "killed, perhaps for memory: try --workers 1" if done.returncode < 0 else said[-1]
+        raise UserError(f"compiling {what} ended with code {done.returncode}: {why}")
     found = Compiled(**json.loads(done.stdout.splitlines()[-1]))
     cache.mkdir(parents=True, exist_ok=True)
     write_json(cache / f"{request.key()}.json", {"request": told, "compiled": asdict(found)})

@@ -1,4 +1,4 @@
-"""The mesh of a cell on a slice: the first with which its programs fit, and what had to change for it."""
+"""The mesh of a cell on a slice: the fastest with which its programs fit, and what is to change for it."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from vlmscale.config import Cell
+from vlmscale.config import Cell, MeshConfig
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.plan.abstract import vocab_rows
 from vlmscale.plan.compiled import Compiled, Request
 from vlmscale.plan.memory import predict, tower_bytes
 from vlmscale.plan.programs import programs_of
-from vlmscale.plan.roofline import step_time
+from vlmscale.plan.roofline import Efficiencies, step_time
 from vlmscale.plan.slices import Slice
 from vlmscale.train.recipe import compute_dtype
-from vlmscale.train.state import loading_bytes, state_bytes
+from vlmscale.train.state import loading_bytes, mesh_shape, state_bytes
 
-_STATE_SHARE = 0.6  # of a device's memory that weights, gradients and moments may take, as in training
 MOST_TENSOR = 8
+_WORTH = 0.97  # of the time of the mesh that training would choose, for which another is taken
 _MOST_TRIES = 3  # of each way, that the compiler is asked about
 Ask = Callable[[Request], Compiled]
 
@@ -78,8 +78,10 @@ class Fit:
 
     @property
     def largest(self) -> Part:
-        """The program that takes most."""
-        return max(self.parts.values(), key=lambda part: part.used)
+        """The program that takes most; not answers that fit with fsdp, which take what is free."""
+        elastic = {name for name, part in self.parts.items() if name == "generate" and part.fits}
+        firm = [p for name, p in self.parts.items() if name not in elastic or p.request.mesh[1] == 1]
+        return max(firm, key=lambda part: part.used)
 
     @property
     def fits(self) -> bool:
@@ -100,24 +102,29 @@ class Trial(NamedTuple):
     remat: str
 
 
-def trials(cell: Cell, place: Slice, lengths: Lengths, guess: Ask) -> Iterator[Trial]:
+def trials(
+    cell: Cell, place: Slice, lengths: Lengths, guess: Ask, shares: Efficiencies | None = None
+) -> Iterator[Trial]:
     """Ways to train, in the order in which they are tried.
 
     First as the config has it, then with layers that are computed again, then with the batch in more and more
-    parts. In each of these the meshes that fit by arithmetic, the fastest first (of equals the one with the
-    least tensor axis and the least fsdp); in the end the way that comes nearest to fitting.
+    parts. In each of these the meshes that fit by arithmetic, the fastest first (that which training would
+    choose itself, unless another is 3% faster; of equals the one with the least tensor axis and the least
+    fsdp); in the end the way that comes nearest to fitting.
 
     Args:
       cell: the config; axes that it names are kept.
       place: the slice.
       lengths: of rows.
       guess: gives the bytes of a program without a compiler.
+      shares: efficiencies of the roofline.
     """
     found = list(_meshes(cell, place))
     remats = list(dict.fromkeys((cell.train.remat, "block")))
     levels = [(remat, 0) for remat in remats]
     levels += [("block", number) for number in range(1, max((len(parts) for _, parts in found), default=0))]
     nearest: tuple[float, Trial] | None = None
+    own = own_mesh(cell, place)
     for remat, number in levels:
         fits: list[tuple[float, Trial]] = []
         for mesh, parts in found:
@@ -132,8 +139,8 @@ def trials(cell: Cell, place: Slice, lengths: Lengths, guess: Ask) -> Iterator[T
                     raise
                 continue
             if part.fits:
-                seconds = step_time(changed, place, mesh, lengths.row, part.told.needed).seconds
-                fits.append((seconds, trial))
+                seconds = step_time(changed, place, mesh, lengths.row, part.told.needed, shares).seconds
+                fits.append((seconds * (_WORTH if mesh == own else 1), trial))
             elif nearest is None or part.used < nearest[0]:
                 nearest = part.used, trial
         fits.sort(key=lambda pair: (pair[0], pair[1].mesh[::-1]))
@@ -144,11 +151,8 @@ def trials(cell: Cell, place: Slice, lengths: Lengths, guess: Ask) -> Iterator[T
 
 def _meshes(cell: Cell, place: Slice) -> Iterator[tuple[tuple[int, int, int], list[int]]]:
     """Meshes over whose devices rows and heads divide, and in how many parts each may have a batch."""
-    size, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
-    heads = math.gcd(size.num_heads, size.num_kv_heads)
-    if "tower" in programs_of(cell):
-        heads = math.gcd(heads, tower.num_heads)
-    asked, rows, devices = cell.mesh, cell.train.batch_size, place.devices
+    heads = common_heads(cell)
+    asked, rows, devices = cell.mesh, cell.train.batch_size // cell.data.pack_rows, place.devices
     tensors = [asked.tensor] if asked.tensor else [t for t in divisors(devices) if t <= MOST_TENSOR]
     for tensor in tensors:
         split = devices // tensor
@@ -158,6 +162,25 @@ def _meshes(cell: Cell, place: Slice) -> Iterator[tuple[tuple[int, int, int], li
         for fsdp in divisors(split):
             if asked.fsdp in (0, fsdp) and asked.data in (0, split // fsdp):
                 yield (split // fsdp, fsdp, tensor), parts
+
+
+def common_heads(cell: Cell) -> int:
+    """What the tensor axis must divide: heads and key heads of the LLM, and heads of a tower that runs."""
+    size, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
+    heads = math.gcd(size.num_heads, size.num_kv_heads)
+    return math.gcd(heads, tower.num_heads) if "tower" in programs_of(cell) else heads
+
+
+def why_no_mesh(cell: Cell, place: Slice) -> str:
+    """One line for a cell that no mesh of a slice can hold."""
+    rows, heads = cell.train.batch_size // cell.data.pack_rows, common_heads(cell)
+    tensors = [cell.mesh.tensor] if cell.mesh.tensor else divisors(math.gcd(heads, place.devices))
+    most = max(tensor for tensor in tensors if tensor <= MOST_TENSOR or tensor == cell.mesh.tensor)
+    what = "rows" if cell.data.pack_rows == 1 else f"blocks of {cell.data.pack_rows} rows"
+    return (
+        f"no mesh: {rows} {what} do not divide over {place.devices} devices; with tensor={most}, the most "
+        f"for {heads} heads, they must be a multiple of {place.devices // most}"
+    )
 
 
 def _train_part(cell: Cell, place: Slice, trial: Trial, lengths: Lengths, ask: Ask) -> Part:
@@ -186,7 +209,14 @@ def check_mesh(cell: Cell, place: Slice) -> None:
         )
 
 
-def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask, guess: Ask = predict) -> Fit | None:
+def find_fit(
+    cell: Cell,
+    place: Slice,
+    lengths: Lengths,
+    ask: Ask,
+    guess: Ask = predict,
+    shares: Efficiencies | None = None,
+) -> Fit | None:
     """The first way to train that fits, else the nearest, with the other programs; None without any.
 
     Args:
@@ -195,6 +225,7 @@ def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask, guess: Ask = 
       lengths: of rows and prompts.
       ask: gives the bytes of a program.
       guess: the same without a compiler, for the order of trials.
+      shares: efficiencies of the roofline, for the same.
 
     Raises:
       UserError: the config names a mesh that the slice cannot have.
@@ -202,7 +233,7 @@ def find_fit(cell: Cell, place: Slice, lengths: Lengths, ask: Ask, guess: Ask = 
     check_mesh(cell, place)
     nearest: Fit | None = None
     tried, names = 0, programs_of(cell)
-    for trial in trials(cell, place, lengths, guess):
+    for trial in trials(cell, place, lengths, guess, shares):
         changed, changes = _planned(cell, place, trial)
         part, tried = _train_part(changed, place, trial, lengths, ask), tried + 1
         if nearest is None or part.used < nearest.train.used:
@@ -261,9 +292,9 @@ def _planned(cell: Cell, place: Slice, trial: Trial) -> tuple[Cell, tuple[str, .
     attention = "cudnn" if place.generation.gpu else "splash"
     planned = {"accumulate": trial.accumulate, "remat": trial.remat, "attention": attention}
     changes = tuple(f"train.{k}={v}" for k, v in planned.items() if v != getattr(cell.train, k))
-    if trial.mesh != own_mesh(cell, place):
-        asked = zip(("fsdp", "tensor"), trial.mesh[1:], strict=True)
-        changes += tuple(f"mesh.{axis}={size}" for axis, size in asked if getattr(cell.mesh, axis) != size)
+    own = own_mesh(cell, place)
+    axes = zip(("fsdp", "tensor"), trial.mesh[1:], own[1:], strict=True)
+    changes += tuple(f"mesh.{axis}={size}" for axis, size, chosen in axes if size != chosen)
     dtype = "bfloat16" if cell.train.dtype == "auto" else cell.train.dtype
     train = replace(
         cell.train, accumulate=trial.accumulate, remat=trial.remat, attention=attention, dtype=dtype
@@ -272,22 +303,18 @@ def _planned(cell: Cell, place: Slice, trial: Trial) -> tuple[Cell, tuple[str, .
 
 
 def own_mesh(cell: Cell, place: Slice) -> tuple[int, int, int]:
-    """The mesh that training would choose by itself (`vlmscale.train.state.choose_mesh`)."""
-    tensor = cell.mesh.tensor or 1
-    fsdp = cell.mesh.fsdp or _least_fsdp(place, state_bytes(cell, vocab_rows(cell)) / tensor, tensor)
-    return place.devices // (fsdp * tensor), fsdp, tensor
-
-
-def _least_fsdp(place: Slice, nbytes: float, tensor: int = 1) -> int:
-    """The least with which so many bytes of all devices fit."""
-    splits, limit = divisors(place.devices // tensor), _STATE_SHARE * place.generation.hbm
-    return next((split for split in splits if nbytes / split <= limit), splits[-1])
+    """The mesh that training would choose by itself."""
+    return _shape(cell.mesh, place, state_bytes(cell, vocab_rows(cell)))
 
 
 def answering_mesh(cell: Cell, place: Slice) -> tuple[int, int, int]:
     """The mesh that `evaluate` chooses: the least fsdp that the parameters fit with while they are read."""
-    fsdp = _least_fsdp(place, loading_bytes(cell, vocab_rows(cell), compute_dtype(cell.train)))
-    return place.devices // fsdp, fsdp, 1
+    return _shape(MeshConfig(), place, loading_bytes(cell, vocab_rows(cell), compute_dtype(cell.train)))
+
+
+def _shape(asked: MeshConfig, place: Slice, nbytes: float) -> tuple[int, int, int]:
+    data, fsdp, tensor = mesh_shape(asked, place.devices, nbytes, place.generation.hbm)
+    return data or place.devices // (fsdp * tensor), fsdp, tensor
 
 
 def lengths_of(cell: Cell, text_tokens: int | None = None) -> Lengths:

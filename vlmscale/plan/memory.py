@@ -106,7 +106,9 @@ def predict_training(cell: Cell, mesh: tuple[int, int, int], length: int) -> tup
     size, item = SIZES[cell.llm.name], jnp.dtype(model.dtype).itemsize
     rows = train.batch_size // train.accumulate // (data * fsdp)
     positions, trains = rows * length, "decoder" in places.trained
-    layer = layer_residual_bytes(size, train.remat, "splash", rows, length, item, trained=trains)
+    # What cudnn keeps is taken to be what splash does.
+    kernel = "xla" if train.attention == "xla" else "splash"
+    layer = layer_residual_bytes(size, train.remat, kernel, rows, length, item, trained=trains)
     kept = size.num_layers * layer
     if model.visual_tokens:
         kept += rows * compressor_residuals(compressor_call(cell, model.visual_tokens, length)) * item
@@ -116,6 +118,8 @@ def predict_training(cell: Cell, mesh: tuple[int, int, int], length: int) -> tup
         kept += rows * blocks_read(tower, needs_of(cell)) * tokens * tower.width * item
     # The layer that is computed again, forward and backward, and its weights where they are split over fsdp.
     work = positions * _layer_numbers(size, tensor) * item
+    if kernel == "xla":
+        work += 2 * _FLOAT32 * rows * size.num_heads * length**2 // tensor
     weights = size.num_nonembedding_params // size.num_layers // tensor
     work += _GATHERED * item * weights * (fsdp > 1)
     # The head, whole in the dtype of the products, and its gradient in float32; a chunk's logits.

@@ -66,8 +66,11 @@ def read_calibration(path: Path) -> dict[str, Efficiencies]:
         raise UserError(f"{path}: is no calibration; `vlmscale bench step --out FILE` writes one")
     calibrated = {}
     for kind, shares in found["efficiencies"].items():
+        if not isinstance(shares, dict):
+            raise UserError(f'{path}: {kind}: must be an object such as {{"products": 0.5}}')
         for name, share in shares.items():
-            if name not in Efficiencies._fields or not isinstance(share, float) or not 0 < share <= 1:
+            number = isinstance(share, int | float) and not isinstance(share, bool)
+            if name not in Efficiencies._fields or not number or not 0 < share <= 1:
                 known = ", ".join(Efficiencies._fields)
                 raise UserError(f"{path}: {kind}: {name}={share!r}: one of {known}, above 0 and at most 1")
         calibrated[kind] = Efficiencies(**shares)

@@ -139,7 +139,8 @@ def find_slice(name: str) -> Slice:
       UserError: there is none; the line lists what there is.
     """
     words, _, number = name.strip().lower().rpartition("-")
-    generation = GENERATIONS.get(_SPELLINGS.get(words, words))
+    words = _SPELLINGS.get(words, words)
+    generation = GENERATIONS.get(words)
     if generation is None:
         near = difflib.get_close_matches(words, [*GENERATIONS, *_SPELLINGS], n=1)
         known = ", ".join(f"{key}-N" for key in GENERATIONS)
@@ -151,4 +152,4 @@ def find_slice(name: str) -> Slice:
         known = ", ".join(map(str, generation.slices))
         what = "cores" if generation.cores else "GPUs" if generation.gpu else "chips"
         raise UserError(f"--topology {name}: no such slice; {words} has {known} {what}")
-    return Slice(name, generation, generation.slices[int(number)])
+    return Slice(f"{words}-{int(number)}", generation, generation.slices[int(number)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from typing import Any
 from vlmscale.config import Cell
 from vlmscale.errors import UserError
 from vlmscale.plan.ask import Answers
-from vlmscale.plan.fit import MOST_TENSOR, Ask, Fit, Part, find_fit, lengths_of
+from vlmscale.plan.fit import Ask, Fit, Part, find_fit, lengths_of, why_no_mesh
 from vlmscale.plan.roofline import Efficiencies, step_time, tower_time
-from vlmscale.plan.slices import Slice, find_slice
+from vlmscale.plan.slices import GENERATIONS, Slice, find_slice
 from vlmscale.plan.totals import Totals, totals
 from vlmscale.records import read_json
 from vlmscale.train.recipe import trained_parts
@@ -38,6 +39,7 @@ class Planned:
       tower_s: of a step's pictures in a frozen tower.
       hours, chip_hours: of all steps, the tower in each where `data.features` is computed.
       price: in the price file's money; None without one.
+      reason: why there is no mesh; "" where there is.
     """
 
     cell: str
@@ -54,6 +56,7 @@ class Planned:
     hours: float | None = None
     chip_hours: float | None = None
     price: float | None = None
+    reason: str = ""
 
 
 def read_prices(path: Path) -> dict[str, float]:
@@ -66,8 +69,10 @@ def read_prices(path: Path) -> dict[str, float]:
     if not isinstance(prices, dict):
         raise UserError(f'{path}: must be an object such as {{"v5e": 1.2}}')
     for name, price in prices.items():
-        if isinstance(price, bool) or not isinstance(price, int | float) or price <= 0:
+        if isinstance(price, bool) or not isinstance(price, int | float) or not 0 < price < math.inf:
             raise UserError(f"{path}: {name}={price!r}: must be money a chip and hour, above 0")
+        if name not in GENERATIONS:
+            raise UserError(f"{path}: {name}: no such device; there are {', '.join(GENERATIONS)}")
     return {name: float(price) for name, price in prices.items()}
 
 
@@ -106,12 +111,13 @@ def plan(
     Raises:
       UserError: an unknown slice, or no TPU compiler.
     """
-    slices = [find_slice(name) for name in topologies]
+    slices = list({place.name: place for place in map(find_slice, topologies)}.values())
+    shares = {place.name: (calibration or {}).get(place.generation.device.kind) for place in slices}
     jobs = [(number, cell, place) for number, cell in enumerate(cells) for place in slices]
 
     def one(number: int, cell: Cell, place: Slice) -> Fit | None:
         told: Ask = lambda request: answers(number, request)  # noqa: E731
-        return find_fit(cell, place, lengths_of(cell, text_tokens), told)
+        return find_fit(cell, place, lengths_of(cell, text_tokens), told, shares=shares[place.name])
 
     with ThreadPoolExecutor(workers) as pool:
         futures = [pool.submit(one, *job) for job in jobs]
@@ -123,7 +129,6 @@ def plan(
             pool.shutdown(wait=False, cancel_futures=True)
             raise
     fits = [future.result() for future in futures]
-    shares = {place.name: (calibration or {}).get(place.generation.device.kind) for place in slices}
     rows = [
         _row(cell, place, fit, prices, shares[place.name])
         for (_, cell, place), fit in zip(jobs, fits, strict=True)
@@ -139,7 +144,9 @@ def _row(
     cell: Cell, place: Slice, fit: Fit | None, prices: dict[str, float], shares: Efficiencies | None
 ) -> Planned:
     if fit is None:
-        return Planned(label(cell), place.name, None, (), 0.0, 0.0, {}, False)
+        return Planned(
+            label(cell), place.name, None, (), 0.0, 0.0, {}, False, reason=why_no_mesh(cell, place)
+        )
     train, largest = fit.train, fit.largest
     head = Planned(
         label(cell),
@@ -202,8 +209,7 @@ def show(rows: Sequence[Planned], sums: Sequence[Totals], check: str) -> str:
 def _line(row: Planned, width: int) -> str:
     head = f"{row.cell:{width}} {row.topology:9}"
     if row.mesh is None:
-        unit = find_slice(row.topology).devices // MOST_TENSOR or 1
-        return f"{head} the batch does not divide over its devices; it must be a multiple of {unit}"
+        return f"{head} {row.reason}"
     guessed = any(part["by"] != "compiler" for part in row.programs.values())
     memory = f"{'~' * guessed}{row.used_gib:.2f}/{row.limit_gib:.2f}"
     head += f" {'x'.join(map(str, row.mesh)):9} {memory:>12}"

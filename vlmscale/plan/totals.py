@@ -72,7 +72,7 @@ def totals(
     for cell, fit in fits:
         reading.setdefault(pictures_key(cell), []).append((cell, fit))
     stored = sum(max(tower(*pair) for pair in group) for group in reading.values())
-    nbytes = sum(max(store_bytes(cell) for cell, _ in group) for group in reading.values())
+    nbytes = sum(store_bytes([cell for cell, _ in group]) for group in reading.values())
     return Totals(
         place.name,
         len(fits),
@@ -123,9 +123,11 @@ def pictures_key(cell: Cell) -> str:
     return json.dumps(parts, sort_keys=True)
 
 
-def store_bytes(cell: Cell) -> int:
-    """Of the outputs that a cell reads of its tower, one picture a row of every batch; bfloat16."""
-    if not cell.compressor.visual_tokens or cell.train.tower_rate:
+def store_bytes(cells: Sequence[Cell]) -> int:
+    """Of the outputs that cells read of the tower they share, one picture a row of every batch; bfloat16."""
+    seeing = [cell for cell in cells if cell.compressor.visual_tokens and not cell.train.tower_rate]
+    if not seeing:
         return 0
-    arrays = stored_arrays(TOWERS[cell.tower.name], needs_of(cell), "bfloat16")
-    return cell.train.steps * cell.train.batch_size * sum(spec.nbytes for spec in arrays.values())
+    first, needs = seeing[0], frozenset().union(*map(needs_of, seeing))
+    arrays = stored_arrays(TOWERS[first.tower.name], needs, "bfloat16")
+    return first.train.steps * first.train.batch_size * sum(spec.nbytes for spec in arrays.values())

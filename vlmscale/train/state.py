@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmscale import layers
 from vlmscale.compressors.features import abstract_features
-from vlmscale.config import Cell, from_dict
+from vlmscale.config import Cell, MeshConfig, from_dict
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES, DecoderSize
 from vlmscale.models.vlm import VLM
@@ -138,19 +138,26 @@ def choose_mesh(
     Raises:
       UserError: the devices cannot be split so.
     """
-    asked = cells[0].mesh
+    asked, limit = cells[0].mesh, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    count = bytes_of or state_bytes
+    nbytes = sum(count(cell, prepared.vocab_rows(cell)) for cell in cells)
+    return make_mesh(*mesh_shape(asked, jax.device_count(), nbytes, limit))
+
+
+def mesh_shape(asked: MeshConfig, devices: int, nbytes: float, limit: float) -> tuple[int, int, int]:
+    """Data, fsdp and tensor where so many bytes of all devices must fit into `limit` each; 0: all fits.
+
+    Data is 0 where it is what the others leave.
+    """
     tensor, fsdp = asked.tensor or 1, asked.fsdp
     if not fsdp and asked.data:
-        fsdp = max(1, jax.device_count() // (tensor * asked.data))
+        fsdp = max(1, devices // (tensor * asked.data))
     elif not fsdp:
-        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
-        most = max(1, jax.device_count() // tensor)
+        most = max(1, devices // tensor)
         splits = [split for split in range(1, most + 1) if most % split == 0]
-        count = bytes_of or state_bytes
-        nbytes = sum(count(cell, prepared.vocab_rows(cell)) for cell in cells) / tensor
-        fits = [split for split in splits if nbytes / split <= _STATE_SHARE * limit]
+        fits = [split for split in splits if nbytes / tensor / split <= _STATE_SHARE * limit]
         fsdp = (fits[0] if fits else splits[-1]) if limit else 1
-    return make_mesh(asked.data, fsdp, tensor)
+    return asked.data, fsdp, tensor
 
 
 def state_bytes(cell: Cell, vocab_rows: int) -> int:
