@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmscale.errors import UserError
-from vlmscale.terminal import add_command, progress_bar
+from vlmscale.terminal import add_command, progress_bar, tell
 
 
 def add_plan(commands: Any) -> None:
@@ -72,6 +72,8 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         cells = load_sweep(arguments.what, overrides, planned=True).cells
     else:
         cells = [load_cell(arguments.what, overrides)]
+    if any(cell.data.packing == "pack" for cell in cells):
+        tell("data.packing=pack: planned with one picture a row; packed rows have more (docs/plan.md)")
     bar = progress_bar()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     answers = Answers(cells, arguments.compile, root / "vlmscale" / "plans")

@@ -64,7 +64,6 @@ def test_what_does_not_fit_is_split_as_little_as_can_be() -> None:
     """Weights over tensor cost activations, over fsdp themselves; both cost more the more they are split."""
     found = ways(cell_of("qwen1.5-7b"), Compiler(whole=100, rows=0.1))
     assert min(mesh[1] * mesh[2] for mesh, _, _ in found if mesh != found[-1].mesh) >= 8
-    assert found[0].mesh[1] * found[0].mesh[2] == 8
 
 
 def test_layers_are_computed_again_before_the_batch_comes_in_parts() -> None:
@@ -106,9 +105,9 @@ def test_the_first_that_fits_is_taken_and_what_changed_is_told() -> None:
     _, fsdp, tensor = fit.train.request.mesh
     assert fsdp * tensor == 2
     assert fit.changes[0] == "train.attention=splash"
-    assert fit.changes[1:] == tuple(
-        f"mesh.{axis}={n}" for axis, n in (("fsdp", fsdp), ("tensor", tensor)) if (fsdp, tensor) != (1, 1)
-    )
+    own = own_mesh(fit.train.request.cell, PLACE)[1:]
+    axes = zip(("fsdp", "tensor"), (fsdp, tensor), own, strict=True)
+    assert fit.changes[1:] == tuple(f"mesh.{axis}={size}" for axis, size, chosen in axes if size != chosen)
     rows = Compiler(whole=20, rows=3)
     fit = find_fit(cell_of(attention="splash"), PLACE, LENGTHS, rows, rows)
     assert fit is not None
@@ -258,7 +257,7 @@ def test_hours_and_money(tmp_path: Path) -> None:
     assert (odd.fits, odd.mesh) == (False, None)
     assert (small.topology, small.cells, large.cells) == ("v5e-16", 1, 1)
     shown = table.show(rows, [small, large], "and a check")
-    assert "batch does not divide" in shown
+    assert "no mesh: 7 rows do not divide over 16 devices; with tensor=2, the most for 2 heads" in shown
     assert "v5e-16: 1 cells" in shown
     assert shown.endswith("and a check")
     assert len(json.loads(table.to_json(rows, [small, large], Stub(Compiler(1, 1))))["plans"]) == 4

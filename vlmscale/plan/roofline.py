@@ -106,15 +106,19 @@ def step_time(
       place: the slice.
       mesh: data, fsdp, tensor.
       row_length: positions of a row.
-      needed: bytes of a device that the program works on; each is read or written about twice a step.
+      needed: bytes of a device that the program works on; each is read or written about twice a step, weights
+        three times more and accumulated gradients twice in each further part of a batch.
       shares: efficiencies; None for those that are assumed.
     """
     generation, devices, shares = place.generation, place.devices, shares or Efficiencies()
     flops = flops_of_step(cell, row_length)
+    trained, frozen = _counts(cell)
+    again = (3 * 2 * (trained + frozen) + 2 * 4 * trained) / (mesh[1] * mesh[2])
+    touched = 2 * needed + (cell.train.accumulate - 1) * again
     return StepTime(
         flops,
         flops / (devices * generation.device.flops * shares.products),
-        2 * needed * cell.train.accumulate / (generation.device.bandwidth * shares.memory),
+        touched / (generation.device.bandwidth * shares.memory),
         sent_bytes(cell, mesh, row_length) / (place.slowest_link * shares.links),
     )
 
@@ -126,14 +130,19 @@ def sent_bytes(cell: Cell, mesh: tuple[int, int, int], row_length: int) -> float
     of a batch; gradients of what trains are scattered in float32, and summed over data; over tensor the
     outputs of attention and MLP are summed, forward, again and backward.
     """
-    places = training_places(cell, (1, 1, 1))
-    trained, frozen = tree.count(places.trained), tree.count(places.frozen)
+    trained, frozen = _counts(cell)
     (data, fsdp, tensor), train, size = mesh, cell.train, SIZES[cell.llm.name]
     half = jnp.dtype(jnp.bfloat16).itemsize
     gathered = 3 * train.accumulate * half * (trained + frozen) / tensor * (fsdp - 1) / fsdp
     summed = 4 * trained / tensor * ((fsdp - 1) / fsdp + 2 / fsdp * (data - 1) / data)
     outputs = half * train.batch_size / (data * fsdp) * row_length * size.width * size.num_layers
     return gathered + summed + 6 * outputs * 2 * (tensor - 1) / tensor
+
+
+def _counts(cell: Cell) -> tuple[int, int]:
+    """Parameters that a step trains, and others that it computes with."""
+    places = training_places(cell, (1, 1, 1))
+    return tree.count(places.trained), tree.count(places.frozen)
 
 
 def tower_time(cell: Cell, place: Slice, shares: Efficiencies | None = None) -> float:
