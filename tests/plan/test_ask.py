@@ -82,3 +82,18 @@ def test_no_gpu_is_compiled_for(asked: list[str], tmp_path: Path) -> None:
     answers = Answers(cells(), "all", tmp_path)
     assert answers(0, Request("train", cells()[0], "h200-8", (8, 1, 1), 128)).by == "arithmetic"
     assert not asked
+
+
+def test_arithmetic_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does a damaged answer of earlier stand in the way."""
+
+    def missing(name: str) -> str:
+        raise compiled.metadata.PackageNotFoundError(name)
+
+    compiled._versions.cache_clear()
+    monkeypatch.setattr(compiled.metadata, "version", missing)
+    request = Request("train", cells()[0], "v5e-8", (8, 1, 1), 128)
+    for text in ("", "{}", '{"compiled": {"arguments": 1}}'):
+        (tmp_path / f"{request.key()}.json").write_text(text)
+        assert Answers(cells(), "none", tmp_path)(0, request).by == "arithmetic"
+    compiled._versions.cache_clear()

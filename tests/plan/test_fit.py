@@ -83,6 +83,16 @@ def test_a_batch_that_is_smaller_than_the_slice_needs_the_tensor_axis() -> None:
     assert find_fit(cell_of(batch=7), PLACE, LENGTHS, compiler, compiler) is None
 
 
+def test_blocks_of_rows_stay_whole() -> None:
+    """As training has it: 16 blocks of 8 rows are one a device, and cannot come in parts."""
+    cell = cell_of()
+    packed = replace(cell, data=replace(cell.data, packing="pack", row_length=2048, pack_rows=8))
+    found = ways(packed, Compiler(1, 0))
+    assert {way.accumulate for way in found if way.mesh[2] == 1} == {1}
+    odd = replace(packed, train=replace(packed.train, batch_size=8))
+    assert not ways(odd, Compiler(1, 0))
+
+
 def test_heads_are_not_split_over_more_devices_than_there_are_heads() -> None:
     """Two key heads of Qwen2.5's smallest."""
     assert {way.mesh[2] for way in ways(cell_of("qwen2.5-0.5b", batch=8), Compiler(1, 0))} == {2}
@@ -263,7 +273,9 @@ def test_hours_and_money(tmp_path: Path) -> None:
     assert len(json.loads(table.to_json(rows, [small, large], Stub(Compiler(1, 1))))["plans"]) == 4
 
 
-@pytest.mark.parametrize("text", ["[]", '{"v5e": "cheap"}', '{"v5e": 0}', '{"v5e": true}', "{"])
+@pytest.mark.parametrize(
+    "text", ["[]", "{", *(f'{{"v5e": {price}}}' for price in ('"cheap"', 0, "true", "NaN")), '{"v5ee": 1}']
+)
 def test_prices_that_are_none(text: str, tmp_path: Path) -> None:
     path = tmp_path / "prices.json"
     path.write_text(text)

@@ -65,3 +65,9 @@ def test_the_slowest_link_is_that_between_hosts() -> None:
     assert find_slice("h200-8").slowest_link == 450e9
     assert find_slice("h200-16").slowest_link == 50e9
     assert find_slice("v5e-4").slowest_link == find_slice("v5e-256").slowest_link == 100e9
+
+
+def test_a_slice_has_one_name() -> None:
+    """By which prices and compiled programs are found."""
+    assert {find_slice(name).name for name in ("v5e-16", "V5E-16", "v5litepod-16")} == {"v5e-16"}
+    assert find_slice("tpu7x-8").name == "7x-8"
