@@ -21,6 +21,7 @@ from vlmscale.train.state import loading_bytes, mesh_shape, state_bytes
 
 MOST_TENSOR = 8
 _WORTH = 0.97  # of the time of the mesh that training would choose, for which another is taken
+_SHORT = 1e-3  # s; no mesh is preferred to another for less
 _MOST_TRIES = 3  # of each way, that the compiler is asked about
 Ask = Callable[[Request], Compiled]
 
@@ -140,7 +141,7 @@ def trials(
                 continue
             if part.fits:
                 seconds = step_time(changed, place, mesh, lengths.row, part.told.needed, shares).seconds
-                fits.append((seconds * (_WORTH if mesh == own else 1), trial))
+                fits.append((max(seconds, _SHORT) * (_WORTH if mesh == own else 1), trial))
             elif nearest is None or part.used < nearest[0]:
                 nearest = part.used, trial
         fits.sort(key=lambda pair: (pair[0], pair[1].mesh[::-1]))
