@@ -8,7 +8,6 @@ resample, since errors of two candidates go up and down together.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from analysis.bootstrap import percentile_interval
 from analysis.laws import LAWS, Frame, Law
 from analysis.units import cost as in_unit
 from analysis.units import count, level, percent, points, significant, tokens
-from analysis.values import DataError, shown
+from analysis.values import DataError, read_json, shown
 
 _Z = 1.96
 _SAME = 1 + 1e-9
@@ -125,12 +124,7 @@ def read_record(path: Path) -> dict[str, Any]:
     Raises:
       DataError: one line, for a file that is absent, no JSON, of another kind or of an older version.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
+    record = read_json(path)
     if not _is_record(record):
         raise DataError(f"{path}: no analysis.json; vlmscale analyze DATA --out DIR writes one")
     for group in groups_of(record):

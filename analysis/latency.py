@@ -9,7 +9,6 @@ alone.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import numpy as np
 from scipy.optimize import nnls
 
 from analysis.units import count, percent, significant
-from analysis.values import LEAST, DataError, shown, to_number
+from analysis.values import LEAST, DataError, read_json, shown, to_number
 
 ASPECT = 128.0  # width over depth of a usual decoder; with n = 12 L d^2 it gives both from n
 KIND, FORM = "vlmscale latency", 1
@@ -283,12 +282,7 @@ def read_latency(path: Path, by: str) -> FittedLatency:
       DataError: one line, for a file that is absent, no JSON, of another kind, or without coefficients.
     """
     where = str(path)
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{where}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
+    found = read_json(path)
     if not isinstance(found, dict) or found.get("kind") != KIND:
         raise DataError(f'{where}: no latency file (kind is not "{KIND}"); vlmscale bench latency makes one')
     if found.get("version") != FORM:

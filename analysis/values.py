@@ -1,10 +1,14 @@
-"""One value of a file: whether it is what it must be, and how it looks in a message that says it is not."""
+"""One value of a file: whether it is what it must be, and how it looks in a message that says it is not.
+
+And the reading of a JSON file whole.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 LEAST, MOST = math.ulp(0.0), sys.float_info.max  # bounds of a number that is positive, and finite
@@ -18,6 +22,20 @@ class DataError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds.
+
+    Raises:
+      DataError: it is absent or no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not JSON ({error})") from error
 
 
 def cut(text: str) -> str:

@@ -167,9 +167,14 @@ def _meshes(cell: Cell, place: Slice) -> Iterator[tuple[tuple[int, int, int], li
 
 def common_heads(cell: Cell) -> int:
     """What the tensor axis must divide: heads and key heads of the LLM, and heads of a tower that runs."""
-    size, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
-    heads = math.gcd(size.num_heads, size.num_kv_heads)
+    heads, tower = llm_heads(cell), TOWERS[cell.tower.name]
     return math.gcd(heads, tower.num_heads) if "tower" in programs_of(cell) else heads
+
+
+def llm_heads(cell: Cell) -> int:
+    """What divides the LLM's heads and its key heads."""
+    size = SIZES[cell.llm.name]
+    return math.gcd(size.num_heads, size.num_kv_heads)
 
 
 def why_no_mesh(cell: Cell, place: Slice) -> str:
@@ -259,12 +264,10 @@ def _answering(cell: Cell, place: Slice, length: int, ask: Ask, guess: Ask) -> t
 
     Others have as little fsdp as can be: what it gathers may be gathered whole.
     """
-    own = answering_mesh(cell, place)
-    devices, size = place.devices, SIZES[cell.llm.name]
-    heads = math.gcd(size.num_heads, size.num_kv_heads)
+    own, devices = answering_mesh(cell, place), place.devices
     others = [
         (devices // tensor // fsdp, fsdp, tensor)
-        for tensor in divisors(math.gcd(heads, devices))
+        for tensor in divisors(math.gcd(llm_heads(cell), devices))
         for fsdp in divisors(devices // tensor)
         if tensor <= MOST_TENSOR and fsdp * tensor >= own[1]
     ]

@@ -27,7 +27,7 @@ from vlmscale.plan.abstract import (
 from vlmscale.sharding import place
 from vlmscale.train.features import batch_size
 from vlmscale.train.frozen import needs_of
-from vlmscale.train.program import Program, make_program
+from vlmscale.train.program import make_program
 from vlmscale.train.recipe import compute_dtype
 from vlmscale.train.state import Places, lay_out
 from vlmscale.train.step import build_model
@@ -41,11 +41,6 @@ def programs_of(cell: Cell) -> list[str]:
     """Those that a cell runs."""
     sees, own = cell.compressor.visual_tokens > 0, not cell.train.tower_rate
     return [name for name in PROGRAMS if name != "tower" or (sees and own)]
-
-
-def training(cell: Cell, mesh: Mesh) -> Program:
-    """The step of a cell's stage."""
-    return make_program(cell, vocab_rows(cell), mesh, step_tower(cell))
 
 
 def answering(cell: Cell, mesh: Mesh) -> Places:
@@ -81,7 +76,7 @@ def step_tower(cell: Cell) -> Any:
 
 
 def _lower_train(cell: Cell, mesh: Mesh, length: int) -> Any:
-    program = training(cell, mesh)
+    program = make_program(cell, vocab_rows(cell), mesh, step_tower(cell))
     batch, knobs = abstract_batch(cell, program.model, mesh, length), abstract_knobs(mesh)
     with jax.set_mesh(mesh):
         return program.step.lower(program.abstract, program.places.frozen, batch, knobs)
