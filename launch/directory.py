@@ -68,6 +68,12 @@ class SweepDirectory:
             raise UserError(f"{self.out}: has no cohort {name}{_nearest(name, list(known))}")
         return known[name]
 
+    def crew_of(self, cell: str) -> Crew:
+        """The cohort that a cell trains in; before they are planned, itself alone."""
+        run = self.run(cell)
+        crews = self.crews() if self.cohorts else []
+        return next((crew for crew in crews if run in crew.runs), Crew(cell, run, (run,)))
+
     def chosen(self, cells: Sequence[str]) -> list[str]:
         """These cells in the sweep's order, or all where none is named.
 

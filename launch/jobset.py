@@ -71,7 +71,8 @@ def render(name: str, command: Sequence[str], pods: Pods) -> dict[str, Any]:
       UserError: something that Kubernetes, GKE or JobSet would refuse, or a secret among the variables.
     """
     machine = machine_of(pods.slice)
-    _check(name, command, pods, machine)
+    check_pods(pods)
+    _check(name, command)
     job = {
         "parallelism": machine.hosts,
         "completions": machine.hosts,
@@ -203,9 +204,20 @@ def _literal(text: str) -> str:
     return text.replace("$(", "$$(")
 
 
-def _check(name: str, command: Sequence[str], pods: Pods, machine: Machine) -> None:
+def _check(name: str, command: Sequence[str]) -> None:
     if len(name) > _NAME or not _JOB.fullmatch(name):
         raise UserError(f"job {name}: no name for a job; at most {_NAME} of a-z, 0-9 and -, a letter first")
+    if not command or not all(command):
+        raise UserError("the job's command is empty, or a word of it; give what the container runs")
+
+
+def check_pods(pods: Pods) -> None:
+    """Refuse what Kubernetes, GKE or JobSet would, and secrets.
+
+    Raises:
+      UserError: with the option.
+    """
+    machine = machine_of(pods.slice)
     if not 1 <= pods.slices <= _SLICES:
         raise UserError(f"--slices {pods.slices}: give a number from 1 to {_SLICES}")
     if pods.slices > 1 and machine.hosts == 1:
@@ -213,8 +225,6 @@ def _check(name: str, command: Sequence[str], pods: Pods, machine: Machine) -> N
             f"--slices {pods.slices}: {pods.slice.name} is a single host, and GKE joins slices of several "
             "hosts alone; give --slices 1 or a larger --topology"
         )
-    if not command or not all(command):
-        raise UserError("the job's command is empty, or a word of it; give what the container runs")
     if not pods.image or re.search(r"\s", pods.image):
         raise UserError(
             f"--image {pods.image!r}: give the container's image, such as REGION-docker.pkg.dev/..."

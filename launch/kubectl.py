@@ -56,13 +56,8 @@ def apply(paths: Sequence[Path], runner: Runner = subprocess.run) -> list[str]:
     """
     if not paths:
         raise UserError("no manifests to submit")
-    if shutil.which("kubectl") is None:
-        raise UserError(
-            "kubectl: not found; gcloud components install kubectl, or elsewhere: "
-            f"kubectl apply -f {paths[0].parent}"
-        )
+    check_cluster(runner)
     nothing = "nothing was submitted"
-    _kubectl(runner, ["version", f"--request-timeout={_ANSWER_S}s"], "kubectl", nothing)
     for path in paths:
         _kubectl(runner, ["apply", "--dry-run=server", "-f", str(path)], str(path), nothing)
     said: list[str] = []
@@ -70,6 +65,21 @@ def apply(paths: Sequence[Path], runner: Runner = subprocess.run) -> list[str]:
         left = f"{len(said)} of {len(paths)} were submitted; the same command again submits the others"
         said.append(_kubectl(runner, ["apply", "-f", str(path)], str(path), left))
     return said
+
+
+def check_cluster(runner: Runner = subprocess.run) -> None:
+    """Ask whether there is a cluster to submit to.
+
+    Raises:
+      UserError: no kubectl, or a cluster that does not answer.
+    """
+    if shutil.which("kubectl") is None:
+        raise UserError(
+            "kubectl: not found; gcloud components install kubectl, or --dry-run --manifests DIR here and "
+            "elsewhere kubectl apply -f DIR"
+        )
+    words = ["version", f"--request-timeout={_ANSWER_S}s"]
+    _kubectl(runner, words, "kubectl", "nothing was submitted")
 
 
 def _kubectl(runner: Runner, words: list[str], about: str, state: str) -> str:

@@ -16,9 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from launch.bars import Bars
-from launch.claims import FileClaims, holder, take
+from launch.claims import FileClaims, holder
 from launch.cohorts import Cohort
-from launch.outcome import CLAIMS, TRIES, fail, unfinished
+from launch.outcome import CLAIMS, TRIES
+from launch.work import note_death
 from vlmscale.errors import EXIT_AGAIN, EXIT_USER
 from vlmscale.records import make_directory
 
@@ -122,10 +123,7 @@ def _next(waiting: list[Cohort], elsewhere: dict[str, float]) -> Cohort | None:
 def _again(item: Running, faults: int) -> bool:
     code = item.process.returncode
     if code < 0:  # killed: the process could not write this itself
-        claim = take(FileClaims(item.cohort.path / CLAIMS))
-        if claim is not None:  # else another launcher goes on already
-            fail(unfinished(item.cohort.runs), f"killed by signal {-code}", code)
-            claim.release()
+        note_death(item.cohort.path, item.cohort.runs, f"killed by signal {-code}", code)
     return code not in (0, EXIT_USER) and faults < TRIES
 
 

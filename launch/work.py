@@ -173,6 +173,20 @@ def run_cohort(folder: Path, runs: Sequence[Path], *, wait: bool, distributed: s
     return attempt(folder, runs, run, claim, LIFE_S, end)
 
 
+def note_death(folder: Path, runs: Sequence[Path], line: str, code: int) -> None:
+    """Note why a process ended that could not say so itself, which takes a try; unless others go on already.
+
+    Args:
+      folder: as `work`; so `runs`.
+      line: the reason.
+      code: exit code of the process.
+    """
+    claim = take(FileClaims(folder / CLAIMS))
+    if claim is not None:
+        fail(unfinished(runs), line, code)
+        claim.release()
+
+
 def say(line: str) -> None:
     """Tell the log."""
     print(line, file=sys.stderr, flush=True)

@@ -171,14 +171,16 @@ def test_files_count_by_content(key: str, tmp_path: Path) -> None:
     assert cell_id(changed(key, str(moved))) != identity
 
 
-def test_an_earlier_stage_counts_by_the_parameters_it_ended_with(tmp_path: Path) -> None:
-    for name, digest in (("a", "1"), ("b", "2"), ("moved", "1")):
+def test_an_earlier_stage_counts_by_its_cell_trained_or_not(tmp_path: Path) -> None:
+    for name, own in (("a", "1"), ("b", "2"), ("moved", "1")):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "done.json").write_text(json.dumps({"params_sha256": digest}))
+        (tmp_path / name / "spec.json").write_text(json.dumps({"cell_id": own}))
     ids = {name: cell_id(changed("train.init_from", str(tmp_path / name))) for name in ("a", "b", "moved")}
     assert ids["a"] == ids["moved"] != ids["b"]
     assert cell_id(Cell()) not in ids.values()
-    with pytest.raises(UserError, match=r"train\.init_from=.*nowhere: is no run that was trained to its end"):
+    with pytest.raises(
+        UserError, match=r"train\.init_from=.*nowhere: is no run \(no spec\.json\); train it first"
+    ):
         cell_id(changed("train.init_from", str(tmp_path / "nowhere")))
 
 

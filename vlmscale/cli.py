@@ -17,8 +17,9 @@ from vlmscale.cli_advise import add_advise
 from vlmscale.cli_bench import add_bench
 from vlmscale.cli_data import add_data
 from vlmscale.cli_evaluate import DTYPES, add_distributed, add_evaluate
+from vlmscale.cli_launch import add_demo
 from vlmscale.cli_plan import add_plan
-from vlmscale.cli_sweep import add_demo, add_sweep
+from vlmscale.cli_sweep import add_sweep
 from vlmscale.errors import EXIT_AGAIN, EXIT_USER, PreemptedError, UserError, disk_fault
 from vlmscale.terminal import add_command, progress_bar, tell
 
@@ -155,6 +156,7 @@ def _add_convert(commands: Any) -> None:
 
 
 def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.content import check_trained
     from vlmscale.distributed import agree, leader, start, wait_for_leader
     from vlmscale.evaluate.items import check_files
     from vlmscale.loading import load_cell
@@ -166,6 +168,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     cell, run = load_cell(arguments.config, overrides), arguments.out
     check_files([cell.evaluate])
+    if cell.train.init_from:
+        check_trained("train.init_from", Path(cell.train.init_from))
     keep_programs()
     start(arguments.distributed)
     data = run / "data"

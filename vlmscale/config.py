@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmscale.compressors import parse_options
-from vlmscale.content import content_sha256, manifest_sha256, tokenizer_sha256, trained_sha256
+from vlmscale.content import content_sha256, earlier_cell, manifest_sha256, tokenizer_sha256
 from vlmscale.errors import UserError
 
 # A field with this metadata does not change any number of the result, so it is no part of the cell id.
@@ -248,7 +248,8 @@ def from_dict(values: dict[str, Any]) -> Cell:
 def cell_id(cell: Cell) -> str:
     """Hash of everything that changes the result and nothing else: 12 hex digits.
 
-    Files and directories count by content, so that a moved or copied one leaves the id alone.
+    Files and directories count by content, so that a moved or copied one leaves the id alone; an earlier run
+    counts by the id of its cell, so that a second stage can be queued behind a first that is not done.
 
     Raises:
       UserError: a named file or directory cannot be read.
@@ -282,7 +283,7 @@ def _content(name: str, value: Any, metadata: Any) -> Any:
     if value in ("", "shipped"):
         return value
     if metadata.get("run"):
-        return trained_sha256(name, Path(value))
+        return earlier_cell(name, Path(value))
     if metadata.get("mixture"):
         return [[manifest_sha256(name, Path(path)), weight] for path, weight in parse_mixture(value)]
     if metadata.get("tokenizer"):

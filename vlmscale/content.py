@@ -80,15 +80,23 @@ def tokenizer_sha256(name: str, directory: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def trained_sha256(name: str, run: Path) -> str:
-    """Hash of the parameters that a run ended with, as it states it itself.
+def earlier_cell(name: str, run: Path) -> str:
+    """Id of the cell that a run holds, trained or not: what it will be trained to follows from that.
 
     Raises:
-      UserError: it is no run that was trained to its end; `name` is that of the field.
+      UserError: it is no run; `name` is that of the field.
     """
     try:
-        return str(json.loads((run / "done.json").read_bytes())["params_sha256"])
+        return str(json.loads((run / "spec.json").read_bytes())["cell_id"])
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{name}={run}: is no run that was trained to its end (no done.json); train it first"
-        ) from None
+        raise UserError(f"{name}={run}: is no run (no spec.json); train it first") from None
+
+
+def check_trained(name: str, run: Path) -> None:
+    """Refuse a run that another is to start from before it is trained to its end.
+
+    Raises:
+      UserError: it is not; `name` is that of the field.
+    """
+    if not (run / "done.json").exists():
+        raise UserError(f"{name}={run}: is no run that was trained to its end (no done.json); train it first")

@@ -102,7 +102,7 @@ def _slurm(env: Mapping[str, str]) -> dict[str, Any]:
     if not address:
         # jax's rule: above what most systems give to clients, and different for each job of an array.
         port = env.get("JAX_COORDINATOR_PORT") or str(61440 + int(env["SLURM_JOB_ID"]) % 4096)
-        address = f"{_host(_first_node(env['SLURM_STEP_NODELIST']))}:{port}"
+        address = f"{slurm_host(env['SLURM_STEP_NODELIST'])}:{port}"
     if not re.fullmatch(r".+:\d+", address):
         raise UserError(f"JAX_COORDINATOR_ADDRESS={address}: must be HOST:PORT of process 0")
     count = int(env["SLURM_NTASKS"])
@@ -112,6 +112,15 @@ def _slurm(env: Mapping[str, str]) -> dict[str, Any]:
     own = "SLURM_GPUS_PER_TASK" in env or (visible != "" and "," not in visible)
     devices = None if alone or own else [int(env["SLURM_LOCALID"])]
     return _arguments(address, count, int(env["SLURM_PROCID"]), devices)
+
+
+def slurm_host(nodes: str) -> str:
+    """A host name or address of the first of the nodes, such as `node[001-015,020],host2`.
+
+    Raises:
+      UserError: it is no host name here, and Slurm knows no address of it.
+    """
+    return _host(_first_node(nodes))
 
 
 def _first_node(nodes: str) -> str:

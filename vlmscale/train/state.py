@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlmscale import layers
 from vlmscale.compressors.features import abstract_features
 from vlmscale.config import Cell, MeshConfig, from_dict
+from vlmscale.content import check_trained
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES, DecoderSize
 from vlmscale.models.vlm import VLM
@@ -265,6 +266,7 @@ def _from_runs(
         run = Path(cell.train.init_from)
         earlier = from_dict(read_json(run / "spec.json")["config"])
         _check_stage(run, earlier, cell)
+        check_trained("train.init_from", run)
         kept = trained_parts(earlier)
         theirs = {path: leaf for path, leaf in flat.items() if path.partition("/")[0] in kept}
         due = {path for path in theirs if path in wanted and path not in made}

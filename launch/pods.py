@@ -1,0 +1,62 @@
+"""The jobs of a sweep on TPU slices: one JobSet a cohort, each working on the sweep in an object store."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launch.jobset import check_pods, job_name, render, write_manifests
+from launch.tpu import Pods
+from vlmscale.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.cohorts import Cohort
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """What each job runs, by its name, and where."""
+
+    commands: dict[str, list[str]]
+    pods: Pods
+
+    def write(self, directory: Path) -> list[Path]:
+        """Write each as DIRECTORY/NAME.yaml; the paths."""
+        return write_manifests(
+            [render(name, command, self.pods) for name, command in self.commands.items()], directory
+        )
+
+
+def jobs(cohorts: Sequence[Cohort], sweep: str, bucket: str, pods: Pods) -> Jobs:
+    """The jobs of these cohorts.
+
+    Args:
+      cohorts: of the sweep; none to look at the other words alone.
+      sweep: its name.
+      bucket: the sweep's directory in an object store.
+      pods: where and how.
+
+    Raises:
+      UserError: something that Kubernetes, GKE or JobSet would refuse, no object store, or a mesh that is not
+        of the slices' devices.
+    """
+    if not bucket.startswith("gs://") or not bucket.removeprefix("gs://").strip("/"):
+        raise UserError(
+            f"--bucket {bucket}: pods share no disk; give an object store such as gs://BUCKET/runs/x"
+        )
+    check_pods(pods)
+    devices = pods.slice.devices * pods.slices
+    commands = {}
+    for cohort in cohorts:
+        mesh = cohort.cells[0].cell.mesh
+        whole = mesh.data * max(mesh.fsdp, 1) * max(mesh.tensor, 1)
+        if whole not in (0, devices):
+            raise UserError(
+                f"{cohort.label}: its mesh has {whole} devices, {pods.slices} x {pods.slice.name} have "
+                f"{devices}; choose another mesh or --topology, or mesh.data=0"
+            )
+        command = ["vlmscale", "sweep", "work", bucket.rstrip("/"), "--cohort", cohort.id]
+        commands[job_name(sweep, cohort.id)] = [*command, "--distributed", "auto"]
+    return Jobs(commands, pods)

@@ -1,0 +1,135 @@
+"""What a Slurm cluster wants of its jobs: one TOML file a site, given by `--site`. docs/slurm.md has one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import sys
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmscale.config import MeshConfig
+from vlmscale.errors import UserError
+
+_NAMED = ("account", "partition", "qos", "constraint", "time", "mem")
+
+
+@dataclass(frozen=True)
+class Site:
+    """Keys of the file; each may be left away, for what the cluster does by itself.
+
+    Attributes:
+      account: to which hours are charged.
+      partition: or several with commas.
+      qos: quality of service.
+      constraint: on nodes.
+      time: limit of one go of a task, as sbatch reads it; a cell may take many.
+      mem: memory of a node, as sbatch reads it.
+      sbatch: more options of sbatch.
+      report: options of the job that writes the report and needs no accelerator, after those above.
+      devices_per_node: accelerators of a node; where there are none, CPU devices.
+      gres: how a node's accelerators are asked for, such as "gpu" or "gpu:h100"; "" where there are none.
+      nodes: of a cell whose config names no mesh.
+      cpus_per_task: cores of the one process of a node; 0 for what the cluster gives.
+      signal_s: seconds before the time limit at which a cell is told to save.
+      setup: lines of bash before the cell: modules, exports.
+      srun: options of srun, such as those of a container plugin.
+      container: words before the command, such as apptainer exec --nv IMAGE.
+      command: words that run vlmscale there; by default the Python that submits.
+    """
+
+    account: str = ""
+    partition: str = ""
+    qos: str = ""
+    constraint: str = ""
+    time: str = ""
+    mem: str = ""
+    sbatch: list[str] = field(default_factory=list)
+    report: list[str] = field(default_factory=list)
+    devices_per_node: int = 1
+    gres: str = ""
+    nodes: int = 1
+    cpus_per_task: int = 0
+    signal_s: int = 120
+    setup: list[str] = field(default_factory=list)
+    srun: list[str] = field(default_factory=list)
+    container: list[str] = field(default_factory=list)
+    command: list[str] = field(default_factory=lambda: [sys.executable, "-P", "-m", "vlmscale.cli"])
+
+    @property
+    def options(self) -> list[str]:
+        """Of sbatch, for all jobs."""
+        named = [f"--{name}={value}" for name in _NAMED if (value := getattr(self, name))]
+        return [*named, *self.sbatch]
+
+    @property
+    def vlmscale(self) -> list[str]:
+        """Words before those of a vlmscale command."""
+        return [*self.container, *self.command]
+
+    def shape(self, mesh: MeshConfig, about: str) -> tuple[int, int]:
+        """Nodes, and accelerators of each, that a cell takes.
+
+        Args:
+          mesh: of its config; data=0 is all devices of `nodes`, or of more where the other axes need them.
+          about: the cell, for a message.
+
+        Raises:
+          UserError: the mesh does not fill whole nodes.
+        """
+        inner = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
+        whole, each = mesh.data * inner, self.devices_per_node
+        if not mesh.data:
+            nodes = max(self.nodes, math.ceil(inner / each))
+            whole = nodes * each
+        if whole <= each:
+            return 1, whole
+        if whole % each:
+            raise UserError(
+                f"{about}: its mesh has {whole} devices, which are no whole nodes of {each} "
+                "(devices_per_node of the site); choose another mesh"
+            )
+        return whole // each, each
+
+
+def read_site(path: Path | None) -> Site:
+    """A site's file; without one the cluster's own defaults.
+
+    Raises:
+      UserError: it cannot be read, is no TOML, or has a key that is unknown or of the wrong type.
+    """
+    if path is None:
+        return Site()
+    try:
+        found: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--site {path}: cannot be read ({error.strerror or error})") from None
+    except ValueError as error:
+        raise UserError(f"--site {path}: is no TOML ({error})") from None
+    known = {item.name: _plain(item) for item in dataclasses.fields(Site)}
+    for name, value in found.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+            raise UserError(f"--site {path}: unknown key {name}; the nearest is {near}")
+        _check(f"--site {path}: {name}", value, known[name])
+    return Site(**found)
+
+
+def _plain(item: Any) -> Any:
+    return item.default if item.default is not dataclasses.MISSING else []
+
+
+def _check(about: str, value: Any, default: Any) -> None:
+    kind = type(default)
+    kinds = {str: "a string", int: "a whole number", list: "a list of strings"}
+    whole = type(value) is kind and (kind is not list or all(isinstance(word, str) for word in value))
+    if not whole:
+        raise UserError(f"{about} = {value!r}: must be {kinds[kind]}")
+    words = value if kind is list else [str(value)]
+    if any("\n" in word for word in words):
+        raise UserError(f"{about}: has a line break; give a list of lines")
+    if kind is int and value < (1 if default else 0):
+        raise UserError(f"{about} = {value}: must be {1 if default else 0} or more")

@@ -1,0 +1,142 @@
+"""Two stages of six cells on a real Slurm, disturbed on the way, against the same sweeps on this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from launch.claims import FileClaims, holder
+from launch.outcome import CLAIMS, tries_left
+from tests.integration.tiny import DATA, lines, read, saved_steps, wait_for
+from tests.launch.cluster import Cluster, cluster, missing
+from vlmscale.cli import main
+from vlmscale.records import Status
+
+pytestmark = [pytest.mark.slow, pytest.mark.slurm]
+
+FILE = """
+from pathlib import Path
+
+from vlmscale.config import Sweep
+from vlmscale.loading import load_cell
+from vlmscale.records import read_json
+
+def get_sweep(overrides=(), arg=""):
+    specs = [f"configs/scenes_tiny.py:toy-14k,{count}" for count in (0, 1, 4, 9, 16, 36)]
+    cells = [load_cell(spec, overrides) for spec in specs]
+    if (word := cells[0].train.init_from):
+        for cell, name in zip(cells, read_json(Path(word) / "sweep.json")["cells"]):
+            cell.train.init_from = str(Path(word) / "cells" / name)
+    if arg == "nodes":
+        cells[-1].mesh.data = 2
+    return Sweep("six", cells)
+"""
+STEPS = 400
+SITE = """
+time = "60"
+signal_s = 60
+setup = ["export XLA_FLAGS=\\"$XLA_FLAGS --xla_force_host_platform_device_count=1\\""]
+"""
+WIDE = 5  # the place of the cell on two nodes
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """Two nodes that run two tasks each."""
+    if why := missing():
+        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
+    with cluster(tmp_path / "slurm", cpus=2) as made:
+        monkeypatch.setenv("SLURM_CONF", made.env["SLURM_CONF"])
+        yield made
+
+
+def sweep(folder: Path, out: str, *overrides: str, on: tuple[str, ...] = (), arg: str = "") -> int:
+    """`vlmscale sweep run` of the six cells."""
+    path = folder / "six.py"
+    path.write_text(FILE)
+    often = ("--config.train.checkpoint_every=10", "--config.train.heldout_every=1000")
+    words = ["sweep", "run", f"{path}{arg}", "--out", str(folder / out), *on]
+    return main([*words, *DATA, *often, "--config.train.warmup_steps=2", *overrides])
+
+
+def cells(out: Path) -> list[Path]:
+    return [out / "cells" / name for name in read(out / "sweep.json")["cells"]]
+
+
+def disturb(slurm: Cluster, out: Path, job: str, capsys: pytest.CaptureFixture[str]) -> dict[str, int]:
+    """Take one task's node away, end another's time, and kill a third's process; places of the three."""
+    runs = cells(out)
+    assert wait_for(lambda: all(saved_steps(run) for run in runs[:4]), 240), slurm.logs()
+    told = [out / "slurm" / f"{job}_{place}.txt" for place in range(5)]
+
+    def requeued() -> list[int]:
+        return [place for place, path in enumerate(told) if "the job is requeued" in path.read_text()]
+
+    node = slurm.ask("squeue", "-h", "-r", f"--jobs={job}_0", "-o", "%N")
+    slurm.ask("sbatch", "-p", "hi", "-w", node, "-n1", "-o", "/dev/null", "--wrap", "sleep 1")
+    assert wait_for(lambda: len(requeued()) == 1, 90), slurm.logs()
+    [preempted] = requeued()
+    late, killed = [place for place in range(4) if place != preempted][:2]
+    os.kill(holder(FileClaims(runs[killed] / CLAIMS))["pid"], signal.SIGKILL)  # type: ignore[index]
+    # Less than the 60 s before it at which a cell is told to save.
+    slurm.ask("scontrol", "update", f"JobId={job}_{late}", "TimeLimit=1")
+    assert wait_for(lambda: len(requeued()) == 3, 150), slurm.logs()
+    slurm.ask("scontrol", "update", f"JobId={job}_{late}", "TimeLimit=60")
+    return {"preempted": preempted, "late": late, "killed": killed}
+
+
+def test_two_stages_run_to_the_end_whatever_happens(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = tmp_path / "site.toml"
+    site.write_text(SITE)
+    on = ("--on", "slurm", "--site", str(site))
+    long, short = f"--config.train.steps={STEPS}", "--config.train.steps=20"
+    behind = f"--config.train.init_from={tmp_path / 'first'}"
+    assert sweep(tmp_path, "first", long, on=on, arg=":nodes") == 0
+    [job, wide, report] = re.findall(r"^job (\d+):", capsys.readouterr().out, re.M)
+    assert sweep(tmp_path, "second", short, behind, on=on, arg=":nodes") == 0
+    later = re.findall(r"^job (\d+):", capsys.readouterr().out, re.M)
+    waits = slurm.ask("squeue", "-h", "-r", "-o", "%i %E")
+    assert f"{later[0]}_1 aftercorr:{job}_*(unfulfilled)" in waits
+    assert f"{later[1]}_{WIDE} aftercorr:{wide}_*(unfulfilled)" in waits
+    assert sweep(tmp_path, "first", long, on=on, arg=":nodes") == 0  # once more: all is queued
+    assert "nothing new to submit" in capsys.readouterr().out
+
+    first, second = tmp_path / "first", tmp_path / "second"
+    hit = disturb(slurm, first, job, capsys)
+    assert wait_for(lambda: not slurm.ask("squeue", "-h"), 600), slurm.logs()
+    for out in (first, second):
+        states = [Status(run).read() for run in cells(out)]
+        logs = [path.read_text() for path in sorted((out / "slurm").glob("*.txt"))]
+        assert {status["state"] for status in states} == {"done"}, "\n".join(logs)
+    states = [Status(run).read() for run in cells(first)]
+    for what, place in hit.items():
+        assert states[place]["attempts"] == 2, what
+        assert states[place]["resumed_from"], what
+        assert tries_left(states[place]) == (2 if what == "killed" else 3), what
+        told = (first / "slurm" / f"{job}_{place}.txt").read_text()
+        assert ("killed by signal 9" if what == "killed" else "saved, to be run again") in told
+    for run in cells(first):
+        assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
+    assert f"results: {first / 'results.jsonl'}" in (first / "slurm" / f"{report}.txt").read_text()
+    assert "Rank 1 is connected to 1 peer ranks" in (cells(first)[WIDE] / "log.txt").read_text()
+
+    assert sweep(tmp_path, "here", long) == 0
+    again = f"--config.train.init_from={tmp_path / 'here'}"
+    assert sweep(tmp_path, "here2", short, again) == 0
+    for out, same in ((first, tmp_path / "here"), (second, tmp_path / "here2")):
+        assert [run.name for run in cells(out)] == [run.name for run in cells(same)]
+        for place, (run, other) in enumerate(zip(cells(out), cells(same), strict=True)):
+            if place != WIDE:
+                digests = [read(path / "done.json")["params_sha256"] for path in (run, other)]
+                assert digests[0] == digests[1], run
+            rows, others = lines(run / "result.jsonl"), lines(other / "result.jsonl")
+            assert [row["task"] for row in rows] == [row["task"] for row in others]
+            losses = [[row["heldout_loss"] for row in found] for found in (rows, others)]
+            assert losses[0] == pytest.approx(losses[1], rel=1e-4)
