@@ -1,4 +1,4 @@
-"""Run a sweep on this machine: one process a cohort, each on a core of its own, on all cores.
+"""Run a sweep on this machine: one process a cohort, each on a core or GPUs of its own, on all of them.
 
 Other launchers may run the same directory, here or elsewhere: what they hold is left to them.
 """
@@ -14,12 +14,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from launch.bars import Bars
 from launch.claims import FileClaims, holder
 from launch.cohorts import Cohort
+from launch.devices import environment, needed, places, platform
 from launch.outcome import CLAIMS, TRIES
 from launch.work import note_death
+from vlmscale.config import MeshConfig
 from vlmscale.errors import EXIT_AGAIN, EXIT_USER
 from vlmscale.records import make_directory
 
@@ -33,19 +36,7 @@ class Running:
 
     cohort: Cohort
     process: subprocess.Popen
-    core: int | None
-
-
-def cores() -> list[int] | list[None]:
-    """The cores this process may use, one for each cohort at a time; None where one gets no core of its own.
-
-    So it is where the system does not say, and on an accelerator: there a cohort has all cores to feed it.
-    """
-    if _platform() != "cpu":
-        return [None]
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return [None] * max(1, (os.cpu_count() or 1) // 2)
+    places: list[Any]
 
 
 def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
@@ -55,14 +46,18 @@ def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
 
     Args:
       cohorts: the whole sweep, finished ones included.
-      workers: processes at a time; None for one a core.
+      workers: processes at a time; None for as many as there is room for.
 
     Returns:
       Whether a signal stopped the sweep.
+
+    Raises:
+      UserError: a mesh that is larger than this machine.
     """
-    free: list[int | None] = [*cores()]
-    if workers is not None:
-        free = free[:workers] if free[0] is not None else [None] * workers
+    free: list[Any] = [*places()]
+    needs = {cohort.id: needed(_mesh(cohort), len(free), cohort.label) for cohort in cohorts}
+    if workers is not None and free[0] is None:
+        free = [None] * workers
     waiting = sorted((c for c in cohorts if not c.finished), key=lambda c: -c.work)
     faults: Counter[str] = Counter()  # also in status.json, if that can be written
     running: list[Running] = []
@@ -70,8 +65,10 @@ def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
     told = False
     with _signals() as stopped, Bars(cohorts) as bars:
         while running or (waiting and not stopped):
-            while free and not stopped and (cohort := _next(waiting, elsewhere)) is not None:
-                running.append(_start(cohort, free.pop(0)))
+            while free and not stopped and (workers is None or len(running) < workers):
+                if (cohort := _next(waiting, elsewhere, needs, len(free))) is None:
+                    break
+                running.append(_start(cohort, [free.pop(0) for _ in range(needs[cohort.id])]))
             if stopped and not told:
                 told = True
                 for item in running:
@@ -79,7 +76,7 @@ def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
             time.sleep(_POLL_S)
             for item in [item for item in running if item.process.poll() is not None]:
                 running.remove(item)
-                free.append(item.core)
+                free += item.places
                 if stopped:
                     continue
                 faults[item.cohort.id] += item.process.returncode not in (0, EXIT_USER, EXIT_AGAIN)
@@ -104,14 +101,18 @@ def command(cohort: Cohort, core: int | None, parent: int | None = None) -> list
     return [*words, "--cells", *map(str, cohort.runs)]
 
 
-def _next(waiting: list[Cohort], elsewhere: dict[str, float]) -> Cohort | None:
-    """Take the first cohort out of `waiting` that can be started now, and all that need not be any more."""
+def _next(
+    waiting: list[Cohort], elsewhere: dict[str, float], needs: dict[str, int], free: int
+) -> Cohort | None:
+    """Take the first cohort out of `waiting` that has room and can be started, and all that need not be."""
     now = time.monotonic()
     for cohort in list(waiting):
         if elsewhere.get(cohort.id, now) > now:
             continue
         if cohort.finished or cohort.held_back:
             waiting.remove(cohort)
+        elif needs[cohort.id] > free:
+            continue
         elif holder(FileClaims(cohort.path / CLAIMS)) is None:
             waiting.remove(cohort)
             return cohort
@@ -127,25 +128,24 @@ def _again(item: Running, faults: int) -> bool:
     return code not in (0, EXIT_USER) and faults < TRIES
 
 
-def _platform() -> str:
-    """What cohorts run on: CPUs, unless JAX_PLATFORMS says otherwise."""
-    return os.environ.get("JAX_PLATFORMS") or "cpu"
+def _mesh(cohort: Cohort) -> MeshConfig:
+    return cohort.cells[0].cell.mesh
 
 
-def _start(cohort: Cohort, core: int | None) -> Running:
+def _start(cohort: Cohort, taken: list[Any]) -> Running:
     make_directory(cohort.path)
     log = (cohort.path / "log.txt").open("a")
-    environment = os.environ | {"JAX_PLATFORMS": _platform()}
+    core = taken[0] if platform() == "cpu" else None
     process = subprocess.Popen(
         command(cohort, core, os.getpid()),
         stdout=log,
         stderr=subprocess.STDOUT,
         stdin=subprocess.DEVNULL,
-        env=environment,
+        env=os.environ | environment(_mesh(cohort), taken),
         start_new_session=True,  # Ctrl-C reaches the launcher alone, which passes it on
     )
     log.close()
-    return Running(cohort, process, core)
+    return Running(cohort, process, taken)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import argparse
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,8 +79,8 @@ def add_run(sweep: Any) -> None:
     run.add_argument(
         "--workers",
         type=int,
-        help="processes or jobs at a time, and how many cohorts are made at least (default: one a core; on "
-        "Slurm and TPUs each cell is a job of its own)",
+        help="processes or jobs at a time, and how many cohorts are made at least (default: as there is "
+        "room for; on Slurm and TPUs each cell is a job of its own)",
     )
     run.add_argument(
         "--memory",
@@ -261,7 +261,7 @@ def _open_cohorts(sweep: Sweep, cells: list[CellDirectory], arguments: argparse.
     with _turn(out):
         prepared = prepare([cell.cell for cell in cells], out / "data", progress_bar(), tell)
         print(prepared.manifest["summary"], file=sys.stderr)
-        workers, memory = _room(arguments, len(cells))
+        workers, memory = _room(arguments, cells)
         cohorts = fix_cohorts(cells, out, prepared, workers, memory)
         for cohort in cohorts:
             for cell in cohort.cells:
@@ -270,14 +270,16 @@ def _open_cohorts(sweep: Sweep, cells: list[CellDirectory], arguments: argparse.
     return cohorts
 
 
-def _room(arguments: argparse.Namespace, cells: int) -> tuple[int, float | None]:
+def _room(arguments: argparse.Namespace, cells: Sequence[CellDirectory]) -> tuple[int, float | None]:
     """Cohorts that run at a time, and bytes that each may take; None for a share of this machine's."""
-    from launch.local import cores
+    from launch.devices import needed, places
 
     memory = None if arguments.memory is None else arguments.memory * 2**30
     if arguments.on == "local":
-        return arguments.workers or len(cores()), memory
-    return arguments.workers or cells, float("inf") if memory is None else memory
+        there = len(places())
+        largest = max(needed(cell.cell.mesh, there, cell.label) for cell in cells)
+        return arguments.workers or there // largest, memory
+    return arguments.workers or len(cells), float("inf") if memory is None else memory
 
 
 def _report_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -364,7 +366,7 @@ def _show_plan(name: str, cells: list[CellDirectory], arguments: argparse.Namesp
         state = Status(cell.path).read()["state"]
         print(f"  {cell.id}  {cell.label}  {cell.cell.train.steps} steps  {state}")
     known = read_sweep(out).cohorts if there else []
-    workers, _ = _room(arguments, len(cells))
+    workers, _ = _room(arguments, cells)
     if known:
         groups = [[by_id[cell] for cell in ids] for ids in known]
         print(f"{_count(len(known), 'cohort')}, fixed at the first launch, {workers} at a time:")
@@ -393,10 +395,14 @@ def _show_plan(name: str, cells: list[CellDirectory], arguments: argparse.Namesp
 
 
 def _show_local(cohorts: list[Cohort]) -> None:
-    from launch.local import command, cores
+    from launch.devices import environment, needed, places, platform
+    from launch.local import command
 
     for cohort in cohorts:
-        print(shlex.join(command(cohort, cores()[0])))
+        mesh, there = cohort.cells[0].cell.mesh, places()
+        taken = there[: needed(mesh, len(there), cohort.label)]
+        words = command(cohort, taken[0] if platform() == "cpu" else None)
+        print(*(f"{key}={value}" for key, value in environment(mesh, taken).items()), shlex.join(words))
 
 
 def _show_slurm(name: str, cohorts: list[Cohort], cells: list[str], arguments: argparse.Namespace) -> None:

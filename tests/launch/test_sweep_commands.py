@@ -325,7 +325,7 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path: Path, capsys: Any) ->
     assert main(words) == 0
     told = capsys.readouterr().out
     assert told.count("20 steps  pending") == 20
-    assert "1 groups could each train together" in told
+    assert "1 group could train together" in told
     assert f"launch.worker {out}/cohorts/" in told
     assert not out.exists()
 
