@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 
 from vlmscale.config import MeshConfig
 from vlmscale.errors import UserError
@@ -14,66 +15,81 @@ def platform() -> str:
     return (os.environ.get("JAX_PLATFORMS") or "cpu").partition(",")[0]
 
 
-def places() -> list[int] | list[None]:
-    """The cores, or the GPUs by number, that cohorts take; None where one takes all there is, as on TPUs."""
+def units() -> list[str] | list[None]:
+    """The cores, or the GPUs by name, that cohorts take; None where one takes all there is, as on TPUs."""
     if platform() in ("cuda", "gpu"):
-        return list(_gpus()) or [None]
+        return _gpus() or [None]
     if platform() != "cpu":
         return [None]
     if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
+        return [str(core) for core in sorted(os.sched_getaffinity(0))]
     return [None] * max(1, (os.cpu_count() or 1) // 2)
 
 
-def needed(mesh: MeshConfig, there: int, about: str) -> int:
-    """How many of `there` places a cohort takes: on CPUs one, else the devices of its mesh.
+def mesh_devices(mesh: MeshConfig, there: int, about: str) -> int:
+    """Devices that a mesh takes of so many; data=0 is all.
 
     Args:
-      mesh: of its config; data=0 is all.
-      there: places of this machine.
-      about: the cohort, for a message.
+      mesh: of a config; an axis of 0 but data may be chosen later, and counts as 1.
+      there: devices.
+      about: the cell, for a message.
 
     Raises:
-      UserError: more than there are.
+      UserError: it does not divide them.
     """
-    if platform() == "cpu" or there == 1:
-        return 1
-    whole = _devices(mesh) or there
-    if whole > there:
+    inner = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
+    whole = mesh.data * inner or there
+    if whole % inner:
         raise UserError(
-            f"{about}: its mesh has {whole} devices and this machine {there}; choose another mesh"
+            f"{about}: mesh.fsdp={mesh.fsdp} and mesh.tensor={mesh.tensor} do not divide {whole} devices; "
+            "choose another mesh"
         )
     return whole
 
 
-def environment(mesh: MeshConfig, taken: list[int] | list[None]) -> dict[str, str]:
+def needed(mesh: MeshConfig, there: Sequence[str | None], about: str) -> int:
+    """How many of the units a cohort takes: on CPUs one, else the devices of its mesh.
+
+    Args:
+      mesh: of its config.
+      there: units of this machine.
+      about: the cohort, for a message.
+
+    Raises:
+      UserError: more than there are, or a mesh that does not divide them.
+    """
+    if platform() == "cpu" or there[0] is None:
+        return 1
+    whole = mesh_devices(mesh, len(there), about)
+    if whole > len(there):
+        raise UserError(
+            f"{about}: its mesh has {whole} devices and this machine {len(there)}; choose another mesh"
+        )
+    return whole
+
+
+def environment(mesh: MeshConfig, taken: Sequence[str | None]) -> dict[str, str]:
     """Variables of a cohort's process, by which it sees what it was given and no more.
 
     One process drives all devices of a machine, so none of several is needed here; on a core the devices of a
     mesh are threads.
     """
     found = {"JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS") or "cpu"}
-    if platform() in ("cuda", "gpu") and taken != [None]:
+    if platform() in ("cuda", "gpu") and taken[0] is not None:
         found["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, taken))
-    if platform() == "cpu" and _devices(mesh) > 1:
-        found["JAX_NUM_CPU_DEVICES"] = str(_devices(mesh))
+    if platform() == "cpu" and (whole := mesh_devices(mesh, 1, "") if mesh.data else 1) > 1:
+        found["JAX_NUM_CPU_DEVICES"] = str(whole)
     return found
 
 
-def _devices(mesh: MeshConfig) -> int:
-    """Of a mesh; 0 where its config leaves that open."""
-    return mesh.data * max(mesh.fsdp, 1) * max(mesh.tensor, 1)
-
-
-def _gpus() -> list[int]:
-    """Numbers of the GPUs that this process may use; none where they cannot be told apart."""
+def _gpus() -> list[str]:
+    """Names of the GPUs that this process may use; none where they cannot be told apart."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        words = visible.split(",")
-        return [int(word) for word in words] if all(word.strip().isdecimal() for word in words) else []
+        return [word.strip() for word in visible.split(",") if word.strip()]
     words = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
     try:
         said = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [int(line) for line in said.split()]
+    return said.split()

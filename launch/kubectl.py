@@ -51,8 +51,8 @@ def apply(paths: Sequence[Path], runner: Runner = subprocess.run) -> list[str]:
       runner: what runs kubectl, as subprocess.run does.
 
     Raises:
-      UserError: no kubectl, a cluster that does not answer, or a manifest that it refuses: nothing was
-        submitted. Or it refuses one that it accepted before: the line says how many were submitted.
+      UserError: no kubectl, a cluster that does not answer, or a manifest that it refuses, at the trial or
+        later: what was made is deleted again, so that nothing is submitted.
     """
     if not paths:
         raise UserError("no manifests to submit")
@@ -62,8 +62,14 @@ def apply(paths: Sequence[Path], runner: Runner = subprocess.run) -> list[str]:
         _kubectl(runner, ["apply", "--dry-run=server", "-f", str(path)], str(path), nothing)
     said: list[str] = []
     for path in paths:
-        left = f"{len(said)} of {len(paths)} were submitted; the same command again submits the others"
-        said.append(_kubectl(runner, ["apply", "-f", str(path)], str(path), left))
+        try:
+            said.append(_kubectl(runner, ["apply", "-f", str(path)], str(path), nothing))
+        except UserError:
+            new = [made for made, line in zip(paths, said, strict=False) if line.endswith("created")]
+            for made in new:
+                left = f"these are submitted: {', '.join(path.stem for path in new)}"
+                _kubectl(runner, ["delete", "--wait=false", "-f", str(made)], str(made), left)
+            raise
     return said
 
 

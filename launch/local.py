@@ -14,12 +14,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 from launch.bars import Bars
 from launch.claims import FileClaims, holder
 from launch.cohorts import Cohort
-from launch.devices import environment, needed, places, platform
+from launch.devices import environment, needed, platform, units
 from launch.outcome import CLAIMS, TRIES
 from launch.work import note_death
 from vlmscale.config import MeshConfig
@@ -36,7 +35,7 @@ class Running:
 
     cohort: Cohort
     process: subprocess.Popen
-    places: list[Any]
+    taken: list[str | None]
 
 
 def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
@@ -54,8 +53,8 @@ def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
     Raises:
       UserError: a mesh that is larger than this machine.
     """
-    free: list[Any] = [*places()]
-    needs = {cohort.id: needed(_mesh(cohort), len(free), cohort.label) for cohort in cohorts}
+    free: list[str | None] = [*units()]
+    needs = {cohort.id: needed(_mesh(cohort), free, cohort.label) for cohort in cohorts}
     if workers is not None and free[0] is None:
         free = [None] * workers
     waiting = sorted((c for c in cohorts if not c.finished), key=lambda c: -c.work)
@@ -76,7 +75,7 @@ def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
             time.sleep(_POLL_S)
             for item in [item for item in running if item.process.poll() is not None]:
                 running.remove(item)
-                free += item.places
+                free += item.taken
                 if stopped:
                     continue
                 faults[item.cohort.id] += item.process.returncode not in (0, EXIT_USER, EXIT_AGAIN)
@@ -87,7 +86,7 @@ def run_cohorts(cohorts: list[Cohort], workers: int | None) -> bool:
     return bool(stopped)
 
 
-def command(cohort: Cohort, core: int | None, parent: int | None = None) -> list[str]:
+def command(cohort: Cohort, core: str | None, parent: int | None = None) -> list[str]:
     """What runs a cohort: the words of its process.
 
     Args:
@@ -97,7 +96,7 @@ def command(cohort: Cohort, core: int | None, parent: int | None = None) -> list
     """
     words = [sys.executable, "-P", "-m", "launch.worker", str(cohort.path)]
     words += [] if parent is None else ["--parent", str(parent)]
-    words += [] if core is None else ["--core", str(core)]
+    words += [] if core is None else ["--core", core]
     return [*words, "--cells", *map(str, cohort.runs)]
 
 
@@ -124,7 +123,7 @@ def _next(
 def _again(item: Running, faults: int) -> bool:
     code = item.process.returncode
     if code < 0:  # killed: the process could not write this itself
-        note_death(item.cohort.path, item.cohort.runs, f"killed by signal {-code}", code)
+        note_death(item.cohort.path, item.cohort.runs, f"killed by signal {-code}")
     return code not in (0, EXIT_USER) and faults < TRIES
 
 
@@ -132,7 +131,7 @@ def _mesh(cohort: Cohort) -> MeshConfig:
     return cohort.cells[0].cell.mesh
 
 
-def _start(cohort: Cohort, taken: list[Any]) -> Running:
+def _start(cohort: Cohort, taken: list[str | None]) -> Running:
     make_directory(cohort.path)
     log = (cohort.path / "log.txt").open("a")
     core = taken[0] if platform() == "cpu" else None

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from launch.devices import mesh_devices
 from launch.jobset import check_pods, job_name, render, write_manifests
 from launch.tpu import Pods
 from vlmscale.errors import UserError
 
 if TYPE_CHECKING:
     from launch.cohorts import Cohort
+    from launch.state import CellDirectory
 
 
 @dataclass(frozen=True)
@@ -29,12 +31,11 @@ class Jobs:
         )
 
 
-def jobs(cohorts: Sequence[Cohort], sweep: str, bucket: str, pods: Pods) -> Jobs:
-    """The jobs of these cohorts.
+def check_cells(cells: Sequence[CellDirectory], bucket: str, pods: Pods) -> None:
+    """Refuse what could not run there.
 
     Args:
-      cohorts: of the sweep; none to look at the other words alone.
-      sweep: its name.
+      cells: of the sweep.
       bucket: the sweep's directory in an object store.
       pods: where and how.
 
@@ -48,15 +49,17 @@ def jobs(cohorts: Sequence[Cohort], sweep: str, bucket: str, pods: Pods) -> Jobs
         )
     check_pods(pods)
     devices = pods.slice.devices * pods.slices
-    commands = {}
-    for cohort in cohorts:
-        mesh = cohort.cells[0].cell.mesh
-        whole = mesh.data * max(mesh.fsdp, 1) * max(mesh.tensor, 1)
-        if whole not in (0, devices):
+    for cell in cells:
+        whole = mesh_devices(cell.cell.mesh, devices, cell.label)
+        if whole != devices:
             raise UserError(
-                f"{cohort.label}: its mesh has {whole} devices, {pods.slices} x {pods.slice.name} have "
+                f"{cell.label}: its mesh has {whole} devices, {pods.slices} x {pods.slice.name} have "
                 f"{devices}; choose another mesh or --topology, or mesh.data=0"
             )
-        command = ["vlmscale", "sweep", "work", bucket.rstrip("/"), "--cohort", cohort.id]
-        commands[job_name(sweep, cohort.id)] = [*command, "--distributed", "auto"]
+
+
+def jobs(cohorts: Sequence[Cohort], sweep: str, bucket: str, pods: Pods) -> Jobs:
+    """The jobs of cohorts of a sweep whose name this is."""
+    work = ["vlmscale", "sweep", "work", bucket.rstrip("/"), "--cohort"]
+    commands = {job_name(sweep, c.id): [*work, c.id, "--distributed", "auto"] for c in cohorts}
     return Jobs(commands, pods)

@@ -15,58 +15,67 @@ Task = tuple[str, int]  # an array's job, and an index of it
 Job = tuple[list[str], Path]
 
 _TIMEOUT_S = 120  # programs of a Slurm whose controller is away try for minutes
+_NOTHING = "nothing is submitted"
+_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
+_OTHERS = re.compile(r"(SLURM|SBATCH|SQUEUE|SCANCEL|SRUN|SALLOC)_")
+# Of nodes that are down or reserved now: such a job waits in the queue.
+_LATER = re.compile(r"node configuration|configuration not available", re.I)
 # What sbatch says, and what to do; the first that matches.
 _REASONS = (
+    (
+        r"unable to contact|connection refused|connect failure|timed out",
+        "the controller does not answer; scontrol ping says who is up",
+    ),
     (
         r"configuration source|fetch config",
         "Slurm is not set up on this machine; on a login node it is, or SLURM_CONF names its file",
     ),
     (r"invalid account|account/partition combination", "not your account; sacctmgr show assoc user=$USER"),
-    (r"partition", "no such partition, or not for you; sinfo shows those of this cluster"),
+    (
+        r"node config|configuration not available|feature|memory specification|cpu count",
+        "no node has this; sinfo -o '%N %c %m %G %f' shows what they have",
+    ),
+    (r"invalid partition|partition name|no partition", "sinfo shows the partitions of this cluster"),
     (r"invalid qos", "no such quality of service; sacctmgr show qos"),
     (
-        r"job submit limit|submit.*limit|QOS.*Limit|Assoc.*Limit|accounting/QOS policy",
+        r"submit.*limit|QOS.*Limit|Assoc.*Limit|accounting/QOS policy|partition.*limit|limit.*partition",
         "over a limit of the cluster on jobs, size or time; submit fewer cells or ask for less",
     ),
     (r"access.*denied|permission|not permitted", "no permission on this cluster"),
     (r"generic resource|gres", "the cluster has no such gres; sinfo -o '%N %G' shows what it has"),
-    (
-        r"node config|feature|memory specification|cpu count",
-        "no node has this; sinfo -o '%N %c %m %G %f'",
-    ),
-    (r"time", "not a time as sbatch reads it, or over the partition's limit, such as 12:00:00"),
-    (r"unable to contact|connection refused|connect failure|timed out", "the controller does not answer"),
+    (r"--time|time limit|time spec", "not a time as sbatch reads it, such as 12:00:00, or too long here"),
 )
 
 
 def program(words: Sequence[str]) -> str:
     """Run a program of Slurm; what it says.
 
+    What the caller's own environment asks of Slurm is left out: variables such as SBATCH_PARTITION would win
+    over the site's file, and those of a job that this runs in would reach the jobs that it submits.
+
     Raises:
       UserError: it is not there, fails, or does not answer.
     """
+    env = {name: value for name, value in os.environ.items() if name in _KEPT or not _OTHERS.match(name)}
+    options = {"capture_output": True, "text": True, "timeout": _TIMEOUT_S}
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=_TIMEOUT_S, stdin=subprocess.DEVNULL, check=False
-        )
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, check=False, env=env, **options)  # type: ignore[call-overload]
     except FileNotFoundError:
         raise UserError(
             f"{words[0]}: not found; --on slurm submits from a login node of a Slurm cluster"
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(
-            f"{words[0]}: no answer in {_TIMEOUT_S} s; is the cluster up? (scontrol ping)"
-        ) from None
+        raise UserError(f"{words[0]}: no answer in {_TIMEOUT_S} s; scontrol ping says who is up") from None
     if done.returncode:
         raise UserError(f"{words[0]}: {_reason(done.stderr or done.stdout)}")
-    return done.stdout.strip()
+    return str(done.stdout).strip()
 
 
 def queued(run: Runner) -> set[tuple[str, int | None]]:
-    """This user's tasks that wait or run: job, and index of an array's task."""
+    """Tasks that wait or run: job, and index of an array's task. Of all users, who may share a sweep."""
     found: set[tuple[str, int | None]] = set()
-    said = run(["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%F %K"])
-    for job, index in (line.split()[:2] for line in said.splitlines()):
+    for line in run(["squeue", "--noheader", "--all", "--array", "--format=%F %K"]).splitlines():
+        job, index = line.split()[:2]
         found.add((job, int(index) if index.isdigit() else None))
     return found
 
@@ -80,7 +89,12 @@ def task_limit(run: Runner) -> int:
 
 
 def submit_all(
-    jobs: Sequence[Job], report: Path, before: Sequence[str], replaced: Sequence[str], run: Runner
+    jobs: Sequence[Job],
+    report: Path,
+    before: Sequence[str],
+    note: Callable[[Sequence[str]], None],
+    tell: Callable[[str], None],
+    run: Runner,
 ) -> list[str]:
     """Submit jobs, and a report behind them; the numbers that they got, that of the report last.
 
@@ -88,40 +102,44 @@ def submit_all(
       jobs: options and script of each.
       report: script of the job behind them.
       before: jobs submitted earlier that the report waits for as well.
-      replaced: reports of earlier submissions, which the new one makes idle.
+      note: called with the numbers so far, after each.
+      tell: called with a line about a job that has to wait for nodes.
       run: runs a program of Slurm.
 
     Raises:
-      UserError: the cluster refuses one; those that it had taken are cancelled.
+      UserError: the cluster refuses one; those that it had taken are cancelled, or named where that fails.
     """
-    nothing = "nothing is submitted"
-    for options, path in jobs:
-        _telling(["sbatch", "--test-only", *options, str(path)], nothing, run)
-    _telling(["sbatch", "--test-only", str(report)], nothing, run)
+    for options, path in [*jobs, ([], report)]:
+        try:
+            run(["sbatch", "--test-only", *options, str(path)])
+        except UserError as error:
+            if not _LATER.search(str(error)):
+                raise UserError(f"{error}; {_NOTHING}") from None
+            tell(f"{error}; {path.name} waits until there are such nodes")
     numbers: list[str] = []
     try:
         for options, path in jobs:
-            numbers.append(_submit([*options, str(path)], nothing, run))
+            numbers.append(_submit([*options, str(path)], run))
+            note(numbers)
         after = ":".join([*before, *numbers])
-        numbers.append(_submit([f"--dependency=afterany:{after}", str(report)], nothing, run))
-    except BaseException:
+        numbers.append(_submit([f"--dependency=afterany:{after}", str(report)], run))
+        note(numbers)
+    except BaseException as error:
+        state = _NOTHING
         if numbers:
-            run(["scancel", *numbers])
+            try:
+                run(["scancel", *numbers])
+                note([])
+            except UserError:
+                state = f"cancel these yourself: scancel {' '.join(numbers)}"
+        if isinstance(error, UserError):
+            raise UserError(f"{error}; {state}") from None
         raise
-    if replaced:
-        run(["scancel", *replaced])
     return numbers
 
 
-def _submit(words: Sequence[str], state: str, run: Runner) -> str:
-    return _telling(["sbatch", "--parsable", *words], state, run).partition(";")[0]  # NUMBER;CLUSTER
-
-
-def _telling(words: Sequence[str], state: str, run: Runner) -> str:
-    try:
-        return run(words)
-    except UserError as error:
-        raise UserError(f"{error}; {state}") from None
+def _submit(words: Sequence[str], run: Runner) -> str:
+    return run(["sbatch", "--parsable", *words]).partition(";")[0]  # NUMBER;CLUSTER
 
 
 def _reason(said: str) -> str:

@@ -3,10 +3,10 @@
 `python -m launch.shepherd OUT --first N -- COMMAND ...` takes the cohort of the cell at place N plus the
 task's index.
 
-    a signal before the time limit, or preemption     the cohort saves, ends with 42
-    42                                                 the job is requeued
-    0, 2                                               the job ends so
-    anything else, a kill among it                     takes one of three tries, and the job is requeued
+    the time limit is near, or Slurm wants the node   the cohort saves, ends with 42
+    42, or stopped by SIGTERM before it could save    the job is requeued
+    0, or 2 for a mistake that it noted               the job ends so
+    anything else, a kill among it                    takes one of three tries, and the job is requeued
 
 It imports no jax (but for several nodes) and waits: what happens to the cohort's processes is not its own.
 """
@@ -14,6 +14,7 @@ It imports no jax (but for several nodes) and waits: what happens to the cohort'
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import re
 import signal
@@ -23,23 +24,30 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from launch.directory import Crew, read_sweep
-from launch.outcome import TRIES, tries_left, unfinished
+from launch.outcome import TRIES, held_back, tries_left, unfinished
 from launch.work import note_death
 from vlmscale.errors import EXIT_AGAIN, EXIT_USER, UserError
 from vlmscale.records import Status, make_directory
 
-_POLL_S = 0.5
+_POLL_S, _ASK_S = 0.5, 5.0
+_LOOK_S = 60.0  # between two looks at when the job ends, which an administrator may change
+_LAST_S = 20.0  # before that end at which the job is given back although the cohort has not saved
+_AWAY_S = 600.0  # that Slurm's controller may be away
 _PORTS = 61440, 65000  # above what most systems give to clients
+_STOPPED = 128 + signal.SIGTERM
 
 
 def main() -> int:
     """Run the cohort of this task."""
+    asked: list[int] = []
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        signal.signal(number, lambda number, _: asked.append(number))
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--first", type=int, required=True)
+    parser.add_argument("--signal-s", type=int, required=True)
     parser.add_argument("--srun", action="append", default=[])
     parser.add_argument("command", nargs="+")
     words = parser.parse_args()
@@ -51,7 +59,7 @@ def main() -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return EXIT_USER
-    return _tend(crew, words.out, words.srun, words.command)
+    return _tend(crew, words, asked)
 
 
 def _crew(out: Path, place: int) -> Crew:
@@ -62,36 +70,49 @@ def _crew(out: Path, place: int) -> Crew:
     return next(crew for crew in sweep.crews() if run in crew.runs)
 
 
-def _tend(crew: Crew, out: Path, srun: Sequence[str], command: Sequence[str]) -> int:
-    tries = _tries(crew)
-    code = _run(crew, out, srun, command)
-    if code in (0, EXIT_USER):
-        return code
+def _tend(crew: Crew, words: argparse.Namespace, asked: list[int]) -> int:
+    tries, job = _tries(crew), _job(os.environ)
+    try:
+        process = _start(crew, words.out, words.srun, words.command)
+    except (UserError, OSError) as error:
+        note_death(crew.folder, crew.runs, str(error))
+        return _again(crew, job, str(error), 1)
+    code = _wait(process, job, words.signal_s, asked)
     if not unfinished(crew.runs):
         return 0
-    if code != EXIT_AGAIN:
-        if _tries(crew) == tries:  # else it could say so itself
-            note_death(crew.folder, crew.runs, _reason(code), code)
-        if _tries(crew) < 1:
-            _say(crew, f"{_reason(code)}; its {TRIES} tries are used up")
-            return EXIT_USER
-    return _requeue(crew, code)
+    if code == 0 or (code == EXIT_USER and held_back(crew.runs)):
+        return code
+    if code is None:
+        return _again(crew, job, "its time is over before it has saved", EXIT_AGAIN)
+    if code == EXIT_AGAIN:
+        return _again(crew, job, "saved, to be run again", code)
+    if code == _STOPPED:  # at its start, before it could save
+        return _again(crew, job, "stopped, to be run again", EXIT_AGAIN)
+    why = f"killed by signal {code - 128}" if code > 128 else f"ended with code {code}"
+    if _tries(crew) == tries:  # else it could say so itself
+        note_death(crew.folder, crew.runs, why)
+    return _again(crew, job, why, code)
 
 
-def _run(crew: Crew, out: Path, srun: Sequence[str], command: Sequence[str]) -> int:
-    """The cohort's exit code, behind one step of the job; what it prints goes to its log."""
+def _start(crew: Crew, out: Path, srun: Sequence[str], command: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start the cohort as one step of the job; what it prints goes to its log.
+
+    Raises:
+      UserError: the first node has no address, or the log cannot be written.
+      OSError: there is no srun.
+    """
     env, nodes = dict(os.environ), int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
     if "SLURM_CPUS_PER_TASK" in env:  # srun does not take it over from sbatch since 22.05
-        env.setdefault("SRUN_CPUS_PER_TASK", env["SLURM_CPUS_PER_TASK"])
+        env["SRUN_CPUS_PER_TASK"] = env["SLURM_CPUS_PER_TASK"]
     work = ["sweep", "work", str(out), "--cohort", crew.id]
     if nodes > 1:
         env["JAX_COORDINATOR_ADDRESS"] = _coordinator(env)
         work += ["--distributed", "auto"]
     # Not at once to the others when one ends: they may be saving, and jax ends them if they cannot go on.
-    step = ["srun", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", *srun]
+    step = ["srun", f"--ntasks={nodes}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--export=ALL", *srun]
     make_directory(crew.folder)
     with (crew.folder / "log.txt").open("a") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [*step, *command, *work],
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -99,42 +120,84 @@ def _run(crew: Crew, out: Path, srun: Sequence[str], command: Sequence[str]) -> 
             env=env,
             start_new_session=True,
         )
+
+
+def _wait(process: subprocess.Popen[bytes], job: str, signal_s: int, asked: list[int]) -> int | None:
+    """The exit code of the step, as a shell has it; None where the job's time is over before.
+
+    It is asked to save on a signal, or when the end is so near, in case the signal was lost.
+    """
     # To the step, not to srun: on SIGTERM srun kills all tasks at once, and nothing is saved.
-    save = ["scancel", "--signal=TERM", f"{_job(env)}.0"]
-    asked: list[int] = []
-    for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, lambda number, _: asked.append(number))
+    save = ["scancel", "--signal=TERM", f"{job}.0"]
+    looked, sent, end = 0.0, 0.0, float("inf")
+    told = False
     while (code := process.poll()) is None:
-        if asked and subprocess.run(save, capture_output=True, check=False).returncode == 0:
-            asked.clear()  # else the step does not exist yet
         time.sleep(_POLL_S)
+        now = time.monotonic()
+        if now - looked > (_ASK_S if asked else _LOOK_S):
+            looked, end = now, _end(job)
+        if time.time() > end - signal_s and not asked:
+            asked.append(0)
+        if asked and not told and now - sent > _ASK_S:
+            sent = now
+            told = subprocess.run(save, capture_output=True, check=False).returncode == 0
+        if asked and time.time() > end - _LAST_S:
+            return None
     return code if code >= 0 else 128 - code
 
 
-def _requeue(crew: Crew, code: int) -> int:
-    """Give the job back to the queue, unless somebody is ending it; returns only where that is so."""
-    job = _job(os.environ)
-    if (state := _state(job)) != "RUNNING":  # one that is cancelled would come back to life
-        _say(crew, f"{_reason(code)}; the job is {state.lower()}, so it is not run again")
-        return code
-    _say(crew, f"{_reason(code)}; the job is requeued")
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines()[-1:] or ["scontrol requeue fails"]
-        _say(crew, f"{said[0]}; vlmscale sweep run goes on with it")
-        return code
-    while True:  # until Slurm ends this process, so that the job does not end by itself
-        time.sleep(60)
+def _again(crew: Crew, job: str, why: str, code: int) -> int:
+    """Give the job back to the queue, unless its tries are used up or somebody is ending it."""
+    if code != EXIT_AGAIN and _tries(crew) < 1:
+        _say(crew, f"{why}; its {TRIES} tries are used up")
+        return EXIT_USER
+    began = time.monotonic()
+    while True:
+        state = _field(_shown(job), "JobState")
+        if state not in ("RUNNING", ""):  # one that is cancelled would come back to life
+            _say(crew, f"{why}; the job is {state.lower()}, so it is not run again")
+            return code
+        if state:
+            _say(crew, f"{why}; the job is requeued")
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # by which Slurm ends this process
+            words = ["scontrol", "requeue", job]
+            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            if not done.returncode:
+                while True:  # until Slurm does, so that the job does not end by itself
+                    time.sleep(60)
+            said = (done.stderr.strip().splitlines() or ["scontrol requeue fails"])[-1]
+        else:
+            said = "Slurm's controller does not answer"
+        if time.monotonic() - began > _AWAY_S:
+            _say(crew, f"{said}; vlmscale sweep run goes on with it")
+            return code
+        time.sleep(_ASK_S)
 
 
-def _state(job: str) -> str:
-    said = subprocess.run(["scontrol", "show", "job", job, "-o"], capture_output=True, text=True, check=False)
-    found = re.search(r"\bJobState=(\w+)", said.stdout)
-    return found[1] if found else "unknown"
+def _shown(job: str) -> str:
+    words = ["scontrol", "show", "job", job, "-o"]
+    return subprocess.run(words, capture_output=True, text=True, check=False).stdout
+
+
+def _field(shown: str, name: str) -> str:
+    found = re.search(rf"\b{name}=(\S+)", shown)
+    return found[1] if found else ""
+
+
+def _end(job: str) -> float:
+    """When the job's time is over, in seconds since 1970; infinity where it has no limit or nobody says."""
+    try:
+        return datetime.datetime.fromisoformat(_field(_shown(job), "EndTime")).timestamp()
+    except ValueError:
+        return float("inf")
 
 
 def _coordinator(env: Mapping[str, str]) -> str:
-    """Address of this node, the first of the job, and a port that is free here."""
+    """Address of this node, the first of the job, and a port that is free here.
+
+    Raises:
+      UserError: the node has no address that is known here, or no port is free.
+    """
     from vlmscale.distributed import slurm_host
 
     start = _PORTS[0] + int(env["SLURM_JOB_ID"]) % 2048
@@ -154,17 +217,7 @@ def _job(env: Mapping[str, str]) -> str:
 
 def _tries(crew: Crew) -> int:
     """What is left of them; each cell of a cohort has as many, but those left behind."""
-    return min((tries_left(_status(run)) for run in unfinished(crew.runs)), default=0)
-
-
-def _status(run: Path) -> dict[str, Any]:
-    return Status(run).read()
-
-
-def _reason(code: int) -> str:
-    if code == EXIT_AGAIN:
-        return "saved, to be run again"
-    return f"killed by signal {code - 128}" if code > 128 else f"ended with code {code}"
+    return min((tries_left(Status(run).read()) for run in unfinished(crew.runs)), default=0)
 
 
 def _say(crew: Crew, line: str) -> None:

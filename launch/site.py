@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import re
 import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.devices import mesh_devices
 from vlmscale.config import MeshConfig
 from vlmscale.errors import UserError
 
-_NAMED = ("account", "partition", "qos", "constraint", "time", "mem")
+_NAMED = ("account", "partition", "qos", "constraint", "time")
+_MEMORY = re.compile(r"(\d+)([KMGT]?)", re.I)
+_TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
+_MARGIN_S = 60  # in which a cell starts and does something
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,13 @@ class Site:
       qos: quality of service.
       constraint: on nodes.
       time: limit of one go of a task, as sbatch reads it; a cell may take many.
-      mem: memory of a node, as sbatch reads it.
+      mem: memory of a node, as sbatch reads it; a cell on some of its devices asks for their share.
       sbatch: more options of sbatch.
       report: options of the job that writes the report and needs no accelerator, after those above.
       devices_per_node: accelerators of a node; where there are none, CPU devices.
       gres: how a node's accelerators are asked for, such as "gpu" or "gpu:h100"; "" where there are none.
       nodes: of a cell whose config names no mesh.
-      cpus_per_task: cores of the one process of a node; 0 for what the cluster gives.
+      cpus_per_node: cores that go with all devices of a node; 0 for what the cluster gives.
       signal_s: seconds before the time limit at which a cell is told to save.
       setup: lines of bash before the cell: modules, exports.
       srun: options of srun, such as those of a container plugin.
@@ -52,7 +56,7 @@ class Site:
     devices_per_node: int = 1
     gres: str = ""
     nodes: int = 1
-    cpus_per_task: int = 0
+    cpus_per_node: int = 0
     signal_s: int = 120
     setup: list[str] = field(default_factory=list)
     srun: list[str] = field(default_factory=list)
@@ -61,7 +65,7 @@ class Site:
 
     @property
     def options(self) -> list[str]:
-        """Of sbatch, for all jobs."""
+        """Of sbatch, for all jobs but their size."""
         named = [f"--{name}={value}" for name in _NAMED if (value := getattr(self, name))]
         return [*named, *self.sbatch]
 
@@ -80,11 +84,9 @@ class Site:
         Raises:
           UserError: the mesh does not fill whole nodes.
         """
+        each = self.devices_per_node
         inner = max(mesh.fsdp, 1) * max(mesh.tensor, 1)
-        whole, each = mesh.data * inner, self.devices_per_node
-        if not mesh.data:
-            nodes = max(self.nodes, math.ceil(inner / each))
-            whole = nodes * each
+        whole = mesh_devices(mesh, max(self.nodes, -(-inner // each)) * each, about)
         if whole <= each:
             return 1, whole
         if whole % each:
@@ -93,6 +95,13 @@ class Site:
                 "(devices_per_node of the site); choose another mesh"
             )
         return whole // each, each
+
+    def share(self, devices: int) -> tuple[int, str]:
+        """Cores and memory that go with so many of a node's devices; 0 and "" are the cluster's own."""
+        cores, part = self.cpus_per_node, devices / self.devices_per_node
+        number = _MEMORY.fullmatch(self.mem)
+        mem = f"{max(1, int(int(number[1]) * part))}{number[2]}" if number and int(number[1]) else self.mem
+        return max(1, int(cores * part)) if cores else 0, mem
 
 
 def read_site(path: Path | None) -> Site:
@@ -115,7 +124,27 @@ def read_site(path: Path | None) -> Site:
             near = difflib.get_close_matches(name, known, 1, 0.0)[0]
             raise UserError(f"--site {path}: unknown key {name}; the nearest is {near}")
         _check(f"--site {path}: {name}", value, known[name])
-    return Site(**found)
+    if found.get("container") and not found.get("command"):
+        raise UserError(f'--site {path}: container needs command, the words that run it there: ["vlmscale"]')
+    site = Site(**found)
+    limit = _seconds(site.time)
+    if limit is not None and limit < site.signal_s + _MARGIN_S:
+        raise UserError(
+            f"--site {path}: time = {site.time!r} leaves no time to work before cells are told to save; "
+            f"it must be signal_s={site.signal_s} and {_MARGIN_S} seconds at least"
+        )
+    return site
+
+
+def _seconds(time: str) -> int | None:
+    """A time as sbatch reads it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:...]."""
+    found = _TIME.fullmatch(time)
+    if found is None:
+        return None  # sbatch says what it thinks of it
+    days, a, b, c = (int(part or 0) for part in (found["d"], found["a"], found["b"], found["c"]))
+    if found["d"] is not None:
+        return ((days * 24 + a) * 60 + b) * 60 + c
+    return (a * 60 + b) * 60 + c if found["c"] is not None else a * 60 + b
 
 
 def _plain(item: Any) -> Any:

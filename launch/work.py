@@ -154,7 +154,11 @@ def run_cohort(folder: Path, runs: Sequence[Path], *, wait: bool, distributed: s
     from vlmscale.train.run import keep_programs
 
     keep_programs()
-    start(distributed)
+    try:
+        start(distributed)
+    except UserError as error:  # such as a port that is taken: worth another try on other machines
+        say(f"{folder.name}: {error}")
+        return 1
     claim, code = begin(folder, runs, LIFE_S, wait) if leader() else (None, 0)
     code = agree(code)
     if code != _GO:
@@ -173,17 +177,16 @@ def run_cohort(folder: Path, runs: Sequence[Path], *, wait: bool, distributed: s
     return attempt(folder, runs, run, claim, LIFE_S, end)
 
 
-def note_death(folder: Path, runs: Sequence[Path], line: str, code: int) -> None:
+def note_death(folder: Path, runs: Sequence[Path], line: str) -> None:
     """Note why a process ended that could not say so itself, which takes a try; unless others go on already.
 
     Args:
       folder: as `work`; so `runs`.
       line: the reason.
-      code: exit code of the process.
     """
-    claim = take(FileClaims(folder / CLAIMS))
+    claim = wait_and_take(FileClaims(folder / CLAIMS))
     if claim is not None:
-        fail(unfinished(runs), line, code)
+        fail(unfinished(runs), line, 1)
         claim.release()
 
 

@@ -180,6 +180,8 @@ def _train(arguments: argparse.Namespace, overrides: list[str]) -> int:
         wait_for_leader(data / MANIFEST)
         prepared = Prepared(data, load_manifest(data))
     if agree(int((run / "done.json").exists())):
+        if leader() and Status(run).read()["state"] == "preempted":  # during the last step
+            Status(run).update(state="trained")
         print(f"{run}: already trained")
         return 0
     if leader():

@@ -46,6 +46,11 @@ def tell(line: str) -> None:
     print(line, file=sys.stderr)
 
 
+def counted(number: int, what: str) -> str:
+    """Such as `1 cell`, `2 cells`."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def whole_numbers(text: str, option: str) -> tuple[int, ...]:
     """The numbers of an option such as `--batch 1,8`, in their order, each once.
 

@@ -42,7 +42,7 @@ AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/filetxt
 JobCompLoc={folder}/log/jobcomp.txt
 SchedulerType=sched/backfill
-SchedulerParameters=preempt_send_user_signal,batch_sched_delay=0,sched_min_interval=100000,bf_interval=1
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=100000,bf_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
@@ -50,13 +50,15 @@ JobRequeue=1
 KillWait=30
 OverTimeLimit=0
 SlurmdTimeout=60
-MinJobAge=600
+MinJobAge=300
+EnforcePartLimits=ALL
 SlurmdParameters=config_overrides
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=8000 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=8000 State=UNKNOWN
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=60
+PartitionName=brief Nodes=n1,n2 MaxTime=5
 PartitionName=hi Nodes=n1,n2 MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 

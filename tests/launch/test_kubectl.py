@@ -20,7 +20,7 @@ echo "$*" >> "$FAKE_LOG"
 case "$*" in
   $FAKE_FAIL) printf '%s\\n' "$FAKE_SAYS" >&2; exit 1;;
 esac
-echo "jobset.jobset.x-k8s.io/$3 done"
+echo "jobset.jobset.x-k8s.io/$3 created"
 """
 
 
@@ -52,7 +52,7 @@ def test_all_manifests_are_tried_before_one_is_submitted(paths: list[Path], kube
     log = kubectl()
     said = apply(paths)
     assert len(said) == 3
-    assert all(line.endswith("done") for line in said)
+    assert all(line.endswith("created") for line in said)
     tried = [f"apply --dry-run=server -f {path}" for path in paths]
     assert log.read_text().splitlines() == [
         "version --request-timeout=20s",
@@ -120,12 +120,13 @@ def test_what_a_cluster_refuses_is_one_line_and_submits_nothing(
     assert not [each for each in log.read_text().splitlines() if each.startswith("apply -f")]
 
 
-def test_a_refusal_half_way_says_what_was_submitted(paths: list[Path], kubectl: Any) -> None:
-    kubectl("apply -f *c1.yaml", "Error from server: etcdserver: request timed out")
+def test_a_refusal_half_way_takes_back_what_was_made(paths: list[Path], kubectl: Any) -> None:
+    log = kubectl("apply -f *c2.yaml", 'jobsets "x" is forbidden: exceeded quota: jobs')
     with pytest.raises(
-        UserError, match=r"demo-c1.yaml: .*timed out; 1 of 3 were submitted; the same command"
+        UserError, match=r"demo-c2.yaml: over the namespace's quota; .*nothing was submitted$"
     ):
         apply(paths)
+    assert log.read_text().splitlines()[-2:] == [f"delete --wait=false -f {path}" for path in paths[:2]]
 
 
 def test_no_kubectl_no_answer_no_manifests(

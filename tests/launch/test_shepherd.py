@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -30,10 +31,10 @@ def job(tmp_path: Path, srun: str, state: str = "RUNNING") -> tuple[Path, dict[s
     Status(run).update(state="running", attempts=1)
     tools.mkdir()
     # requeueing ends the script that asked for it, as Slurm does
-    scontrol = (
-        f'case "$*" in *requeue*) kill -9 $PPID;; *) echo "JobId=1 JobState={state} Reason=None";; esac'
-    )
-    scancel = f"kill -TERM $(cat {tmp_path}/srun.pid)"
+    ends = f"END=$(/bin/cat {tmp_path}/end 2>/dev/null || echo Unknown)"
+    shown = f'echo "JobId=1 JobState={state} EndTime=$END Reason=None"'
+    scontrol = f'{ends}; case "$*" in *requeue*) kill -9 $PPID;; *) {shown};; esac'
+    scancel = f"kill -TERM $(/bin/cat {tmp_path}/srun.pid)"
     for name, body in (("srun", srun), ("scontrol", scontrol), ("scancel", scancel)):
         path = tools / name
         path.write_text(_FAKE.format(name=name, log=log, body=body))
@@ -43,9 +44,13 @@ def job(tmp_path: Path, srun: str, state: str = "RUNNING") -> tuple[Path, dict[s
 
 
 def shepherd(out: Path, env: dict[str, str]) -> subprocess.Popen[str]:
-    words = [sys.executable, "-P", "-m", "launch.shepherd", str(out), "--first", "0", "--srun=--mpi=none"]
+    words = [sys.executable, "-P", "-m", "launch.shepherd", str(out), "--first", "0", "--signal-s", "60"]
     return subprocess.Popen(
-        [*words, "--", "vlmscale"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [*words, "--srun=--mpi=none", "--", "vlmscale"],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -57,7 +62,8 @@ def asked(tmp_path: Path) -> list[str]:
     "srun, ends, state, left, said",
     [
         ("exit 0", 0, "running", 3, ""),
-        ("exit 2", 2, "running", 3, ""),
+        ("exit 2", -signal.SIGKILL, "failed", 2, "ended with code 2; the job is requeued"),  # not noted
+        ("exit 143", -signal.SIGKILL, "running", 3, "stopped, to be run again; the job is requeued"),
         ("exit 42", -signal.SIGKILL, "running", 3, "saved, to be run again; the job is requeued"),
         ("kill -9 $$", -signal.SIGKILL, "failed", 2, "killed by signal 9; the job is requeued"),
         ("exit 137", -signal.SIGKILL, "failed", 2, "killed by signal 9; the job is requeued"),
@@ -72,9 +78,46 @@ def test_how_a_task_goes_on(srun: str, ends: int, state: str, left: int, said: s
     assert said in told
     status = Status(out / "cells" / "c0").read()
     assert (status["state"], tries_left(status)) == (state, left)
-    step = "srun --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=0 --mpi=none vlmscale sweep work"
-    assert asked(tmp_path)[0] == f"{step} {out} --cohort c0"
+    step = (
+        "srun --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=0 --export=ALL --mpi=none vlmscale sweep work"
+    )
+    assert next(line for line in asked(tmp_path) if line.startswith("srun")) == f"{step} {out} --cohort c0"
     assert ("scontrol requeue 7_0" in asked(tmp_path)) == (ends < 0)
+
+
+def test_a_mistake_that_the_cell_noted_ends_the_job(tmp_path: Path) -> None:
+    note = json.dumps({"state": "failed", "tries_left": 0, "last_error": "bad data"})
+    out, env = job(tmp_path, f"echo '{note}' > {tmp_path}/out/cells/c0/status.json; exit 2")
+    process = shepherd(out, env)
+    process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert not any("requeue" in line for line in asked(tmp_path))
+
+
+def test_a_program_that_is_not_there_is_a_fault(tmp_path: Path) -> None:
+    out, env = job(tmp_path, "exit 0")
+    (tmp_path / "bin" / "srun").unlink()
+    process = shepherd(out, env | {"PATH": f"{tmp_path}/bin"})
+    told, _ = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL, told
+    assert "No such file" in Status(out / "cells" / "c0").read()["last_error"]
+
+
+@pytest.mark.parametrize("saves", [True, False])
+def test_before_the_time_is_over_the_cell_saves_or_the_job_is_given_back(saves: bool, tmp_path: Path) -> None:
+    on_term = "exit 42" if saves else ":"
+    wait = f"echo $$ > {tmp_path}/srun.pid; trap '{on_term}' TERM; while :; do sleep .1; done"
+    out, env = job(tmp_path, wait)
+    seconds = 50 if saves else 22  # of the 60 before the end at which it is asked, without any signal
+    end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+    (tmp_path / "end").write_text(end.strftime("%FT%T"))
+    process = shepherd(out, env)
+    told, _ = process.communicate(timeout=60)
+    os.kill(int((tmp_path / "srun.pid").read_text()), signal.SIGKILL) if not saves else None
+    assert process.returncode == -signal.SIGKILL
+    assert ("saved, to be run again" if saves else "its time is over before it has saved") in told
+    assert "scancel --signal=TERM 7_0.0" in asked(tmp_path)
+    assert tries_left(Status(out / "cells" / "c0").read()) == 3
 
 
 def test_tries_are_used_up_in_the_end(tmp_path: Path) -> None:
@@ -132,8 +175,9 @@ def test_several_nodes_find_the_first(tmp_path: Path) -> None:
     host, _, port = (out / "cells" / "c0" / "log.txt").read_text().strip().partition(":")
     assert host == "localhost"
     assert 61440 <= int(port) < 65000
-    assert asked(tmp_path)[0].endswith("--cohort c0 --distributed auto")
-    assert "--ntasks=2 " in asked(tmp_path)[0]
+    [line] = [line for line in asked(tmp_path) if line.startswith("srun")]
+    assert line.endswith("--cohort c0 --distributed auto")
+    assert "--ntasks=2 " in line
 
 
 def test_outside_a_job_it_says_so(tmp_path: Path) -> None:

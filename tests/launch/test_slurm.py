@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from launch.cohorts import Cohort, make_cohort
-from launch.sbatch import program, submit_all
+from launch.sbatch import program
 from launch.site import Site, read_site
 from launch.slurm import Array, arrays, plan, script, submit
 from launch.state import directories, open_sweep
@@ -82,7 +84,7 @@ def test_a_sweep_is_submitted_as_arrays_with_a_report_behind(tmp_path: Path) -> 
     out, slurm = tmp_path / "out", Slurm()
     made = cohorts(out, 6, mesh={5: MeshConfig(data=2)})
     Status(made[1].path).update(state="done")
-    done = submit(made, out, "six", Site(), 3, slurm)
+    done = submit(made, out, "six", Site(), 3, print, slurm)
     assert [w[2:] for w in slurm.submitted] == [
         ["--array=0,2-3%3", str(out / "slurm" / "array-0.sh")],
         ["--array=0%3", str(out / "slurm" / "array-1.sh")],  # a cluster's arrays have at most 4 indices
@@ -101,22 +103,22 @@ def test_a_sweep_is_submitted_as_arrays_with_a_report_behind(tmp_path: Path) -> 
     ]
     wide = (out / "slurm" / "array-2.sh").read_text()
     assert "#SBATCH --nodes=2\n" in wide
-    assert f"launch.shepherd {out} --first 4 -- " in wide
+    assert f"launch.shepherd {out} --first 4 --signal-s 120 -- " in wide
 
 
 def test_what_is_queued_is_not_submitted_again_and_the_report_waits_for_it(tmp_path: Path) -> None:
     out, slurm = tmp_path / "out", Slurm()
     made = cohorts(out, 4)
-    submit(made, out, "six", Site(), None, slurm)
+    submit(made, out, "six", Site(), None, print, slurm)
     slurm.queue = ["101 0", "101 2", "102 N/A", "77 1"]
-    again = submit(made, out, "six", Site(), None, slurm)
+    again = submit(made, out, "six", Site(), None, print, slurm)
     assert again.queued == [made[0].id, made[2].id]
     assert again.jobs == {"103": [made[1].id, made[3].id]}
     assert slurm.submitted[-1][2] == "--dependency=afterany:101:103"
     assert slurm.said[-1] == ["scancel", "102"]  # the report of the first launch
     slurm.queue = ["101 0", "101 2", "103 1", "103 3", "104 N/A"]
     before = len(slurm.said)
-    none = submit(made, out, "six", Site(), None, slurm)
+    none = submit(made, out, "six", Site(), None, print, slurm)
     assert (none.jobs, none.report, len(none.queued)) == ({}, "", 4)
     assert all(words[0] in ("squeue", "scontrol") for words in slurm.said[before:])
 
@@ -124,7 +126,7 @@ def test_what_is_queued_is_not_submitted_again_and_the_report_waits_for_it(tmp_p
 def test_a_second_stage_waits_for_the_tasks_of_its_own_cells(tmp_path: Path) -> None:
     first, second, slurm = tmp_path / "first", tmp_path / "second", Slurm()
     made = cohorts(first, 4)
-    submit(made, first, "one", Site(), None, slurm)
+    submit(made, first, "one", Site(), None, print, slurm)
     slurm.queue = [f"101 {index}" for index in range(4)]
     write_json(made[3].path / "done.json", {})
 
@@ -134,7 +136,7 @@ def test_a_second_stage_waits_for_the_tasks_of_its_own_cells(tmp_path: Path) -> 
         return make_cohort(directories(Sweep("two", [cell]), second), second)
 
     own = [behind(0, 0), behind(1, 1), behind(2, 0), behind(3, 3)]
-    planned, queued = plan(own, [cohort.id for cohort in own], second, Site(), slurm)
+    planned, queued = plan(own, [cohort.id for cohort in own], second, Site(), print, slurm)
     assert not queued
     assert [(array.indices, array.after) for array in planned] == [
         ("0-1", "aftercorr:101"),
@@ -146,9 +148,27 @@ def test_a_second_stage_waits_for_the_tasks_of_its_own_cells(tmp_path: Path) -> 
         "--dependency=aftercorr:101",
         "--kill-on-invalid-dep=yes",
     ]
-    slurm.queue = ["101 0"]
-    with pytest.raises(UserError, match=rf"init_from={made[1].path}: is neither trained nor in the queue"):
-        plan(own, [cohort.id for cohort in own], second, Site(), slurm)
+    slurm.queue = ["101 0"]  # the other cells of the first stage failed
+    told: list[str] = []
+    planned, _ = plan(own, [cohort.id for cohort in own], second, Site(), told.append, slurm)
+    assert [(array.indices, array.after) for array in planned] == [
+        ("0", "aftercorr:101"),
+        ("2", "afterok:101_0"),
+        ("3", ""),
+    ]
+    assert len(told) == 1
+    assert f"({own[1].id}) is left out: train.init_from={made[1].path}: is neither trained nor" in told[0]
+    with pytest.raises(UserError, match=rf"init_from={made[1].path}: is neither .*; nothing is submitted"):
+        plan(own[1:2], [own[1].id], second, Site(), print, slurm)
+
+
+def test_of_many_waiting_tasks_ten_are_in_an_array(tmp_path: Path) -> None:
+    made = dict(enumerate(cohorts(tmp_path / "out", 12)))
+    planned = arrays(made, Site(), 1001, {place: [("7", place)] for place in made})
+    assert [(array.indices, array.after) for array in planned] == [
+        ("0-9", "aftercorr:7"),  # Slurm looks at no more of them one by one
+        ("10-11", "aftercorr:7"),
+    ]
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -156,27 +176,57 @@ def test_all_is_submitted_or_nothing(tmp_path: Path, at: int) -> None:
     out = tmp_path / "out"
     slurm = Slurm(refuses=at)
     with pytest.raises(UserError, match="invalid partition; nothing is submitted"):
-        submit(cohorts(out, 6), out, "six", Site(), None, slurm)
+        submit(cohorts(out, 6), out, "six", Site(), None, print, slurm)
     assert len(slurm.submitted) == at + 1
     cancelled = [words for words in slurm.said if words[0] == "scancel"]
     assert cancelled == ([["scancel", *map(str, range(101, 101 + at))]] if at else [])
-    assert not (out / "slurm" / "jobs.jsonl").exists()
+    path = out / "slurm" / "jobs.jsonl"
+    assert not path.exists() or not path.read_text()
 
 
-def test_a_job_that_would_never_start_is_not_submitted() -> None:
+def test_jobs_are_known_at_once_and_named_where_they_cannot_be_taken_back(tmp_path: Path) -> None:
+    out, slurm = tmp_path / "out", Slurm(refuses=1)
+
     def run(words: Sequence[str]) -> str:
-        if "--test-only" in words:
-            raise UserError("sbatch: Requested node configuration is not available")
-        raise AssertionError(words)
+        if words[0] == "scancel":
+            raise UserError("scancel: the controller does not answer")
+        return slurm(words)
 
-    with pytest.raises(UserError, match="not available; nothing is submitted"):
-        submit_all([(["--array=0"], Path("a.sh"))], Path("r.sh"), [], [], run)
+    with pytest.raises(UserError, match=r"invalid partition; cancel these yourself: scancel 101$"):
+        submit(cohorts(out, 6), out, "six", Site(), None, print, run)
+    assert json.loads((out / "slurm" / "jobs.jsonl").read_text())["job"] == "101"
+
+
+def test_a_job_for_nodes_that_are_down_now_waits_in_the_queue(tmp_path: Path) -> None:
+    out, slurm, told = tmp_path / "out", Slurm(), []
+
+    def run(words: Sequence[str]) -> str:
+        if "--test-only" in words and "array-1" in words[-1]:
+            raise UserError("sbatch: Requested node configuration is not available")
+        return slurm(words)
+
+    done = submit(cohorts(out, 5), out, "six", Site(), None, told.append, run)
+    assert len(done.jobs) == 2
+    assert told == [
+        "sbatch: Requested node configuration is not available; array-1.sh waits until there are such nodes"
+    ]
+
+
+def test_the_callers_environment_asks_nothing_of_slurm(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\nenv\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("SBATCH_PARTITION", "SLURM_JOB_ID", "SQUEUE_STATES", "SLURM_CPUS_PER_TASK"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setenv("SLURM_CONF", "/a/slurm.conf")
+    seen = [line for line in program(["sbatch"]).splitlines() if line.startswith("S")]
+    assert [line for line in seen if re.match("SLURM|SBATCH|SQUEUE", line)] == ["SLURM_CONF=/a/slurm.conf"]
 
 
 @pytest.mark.parametrize(
     "said, told",
     [
-        ("sbatch: error: invalid partition specified: nope", "sinfo shows those of this cluster"),
+        ("sbatch: error: invalid partition specified: nope", "sinfo shows the partitions of this cluster"),
         (
             "sbatch: error: Batch job submission failed: Invalid account or account/partition combination",
             "sacctmgr",
@@ -195,6 +245,9 @@ def test_a_job_that_would_never_start_is_not_submitted() -> None:
             "sbatch: error: Unable to contact slurm controller (connect failure)",
             "the controller does not answer",
         ),
+        ("sbatch: error: Socket timed out on send/recv operation", "the controller does not answer"),
+        ("sbatch: error: Requested partition configuration not available now", "no node has this"),
+        ("sbatch: error: Requested time limit is invalid (missing or exceeds some limit)", "too long here"),
         ("sbatch: error: something new", "sbatch: something new"),
         ("", "sbatch: it said nothing"),
     ],
@@ -218,7 +271,7 @@ def test_without_a_slurm_nothing_is_prepared(tmp_path: Path, capsys: Any, monkey
     assert main(words) == 2
     told = capsys.readouterr().err.splitlines()
     assert told == [
-        "vlmscale sweep: sbatch: not found; --on slurm submits from a login node of a Slurm cluster"
+        "vlmscale sweep: scontrol: not found; --on slurm submits from a login node of a Slurm cluster"
     ]
     assert main([*words, "--dry-run"]) == 0  # needs none
     shown = capsys.readouterr().out
@@ -253,6 +306,7 @@ def test_indices(places: tuple[int, ...], first: int, indices: str) -> None:
         (MeshConfig(data=2, fsdp=2), Site(devices_per_node=8), (1, 4)),
         (MeshConfig(data=4, fsdp=8), Site(devices_per_node=8), (4, 8)),
         (MeshConfig(fsdp=16), Site(devices_per_node=8), (2, 8)),
+        (MeshConfig(fsdp=4), Site(devices_per_node=8), (1, 8)),
         (MeshConfig(data=2), Site(), (2, 1)),
     ],
 )
@@ -262,7 +316,9 @@ def test_the_mesh_decides_how_many_nodes_a_cell_takes(
     assert site.shape(mesh, "cell") == shape
 
 
-def test_a_mesh_of_no_whole_nodes_is_refused() -> None:
+def test_a_mesh_that_no_nodes_have_is_refused() -> None:
+    with pytest.raises(UserError, match=r"mesh\.fsdp=3 and mesh\.tensor=0 do not divide 8 devices"):
+        Site(devices_per_node=8).shape(MeshConfig(fsdp=3), "cell")
     with pytest.raises(UserError, match="its mesh has 12 devices, which are no whole nodes of 8"):
         Site(devices_per_node=8).shape(MeshConfig(data=12), "cell")
 
@@ -276,7 +332,8 @@ def test_a_site_file_reaches_the_script(tmp_path: Path) -> None:
         time = "2:00:00"
         gres = "gpu:h100"
         devices_per_node = 8
-        cpus_per_task = 64
+        cpus_per_node = 64
+        mem = "800G"
         signal_s = 300
         sbatch = ["--mail-type=FAIL"]
         setup = ["module load cuda", "export A='b c'"]
@@ -295,6 +352,8 @@ def test_a_site_file_reaches_the_script(tmp_path: Path) -> None:
         "#SBATCH --partition=gpu,gpu2",
         "#SBATCH --gres=gpu:h100:8",
         "#SBATCH --cpus-per-task=64",
+        "#SBATCH --mem=800G",
+        "export JAX_PLATFORMS=cuda,cpu",
         "#SBATCH --signal=B:USR1@300",
         "#SBATCH --mail-type=FAIL",
         f'#SBATCH --output="{out}/slurm/%A_%a.txt"',
@@ -303,9 +362,23 @@ def test_a_site_file_reaches_the_script(tmp_path: Path) -> None:
     ):
         assert line in found
     assert found[-1].endswith(
-        f" -P -m launch.shepherd '{out}' --first 0 '--srun=--container-image=x y.sqsh' --srun=--mpi=none "
-        "-- apptainer exec --nv 'my image.sif' vlmscale"
+        f" -P -m launch.shepherd '{out}' --first 0 --signal-s 300 '--srun=--container-image=x y.sqsh' "
+        "--srun=--mpi=none -- apptainer exec --nv 'my image.sif' vlmscale"
     )
+
+
+def test_a_part_of_a_node_is_asked_for_with_its_share() -> None:
+    site = Site(devices_per_node=8, cpus_per_node=64, mem="800G", gres="gpu")
+    assert site.share(2) == (16, "200G")
+    assert Site(mem="0").share(1) == (0, "0")
+    found = script(Path("out"), "six", Array((1, 2), 0, (0,)), site)
+    for line in ("#SBATCH --gres=gpu:2", "#SBATCH --cpus-per-task=16", "#SBATCH --mem=200G"):
+        assert line in found
+
+
+def test_where_there_are_no_accelerators_a_mesh_is_of_cpu_devices() -> None:
+    found = script(Path("out"), "six", Array((1, 4), 0, (0,)), Site(devices_per_node=4))
+    assert "export JAX_PLATFORMS=cpu JAX_NUM_CPU_DEVICES=4" in found
 
 
 def test_the_site_of_the_documentation_is_one(tmp_path: Path) -> None:
@@ -324,10 +397,13 @@ def test_the_site_of_the_documentation_is_one(tmp_path: Path) -> None:
         ("acount = 'x'", "unknown key acount; the nearest is account"),
         ("account = 3", "account = 3: must be a string"),
         ("setup = 'module load'", "must be a list of strings"),
-        ("setup = ['a\\nb']", "must be a list|is no TOML|has a line break"),
         ('setup = ["a\\nb"]', "has a line break; give a list of lines"),
         ("nodes = 0", "nodes = 0: must be 1 or more"),
-        ("cpus_per_task = -1", "cpus_per_task = -1: must be 0 or more"),
+        ("cpus_per_node = -1", "cpus_per_node = -1: must be 0 or more"),
+        ("container = ['apptainer']", "container needs command"),
+        ("time = '2'", "leaves no time to work before cells are told to save; it must be signal_s=120"),
+        ("time = '1:30'", "leaves no time"),
+        ("time = '0-0:02'", "leaves no time"),
         ("nodes = true", "nodes = True: must be a whole number"),
         ("a b", "is no TOML"),
     ],
@@ -335,9 +411,6 @@ def test_the_site_of_the_documentation_is_one(tmp_path: Path) -> None:
 def test_a_wrong_site_file_is_told_in_one_line(text: str, told: str, tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     path.write_text(text)
-    if "'a\\nb'" in text:  # a backslash in a literal string is one
-        assert read_site(path).setup == ["a\\nb"]
-        return
     with pytest.raises(UserError, match=rf"--site {path}: .*{told}"):
         read_site(path)
 
@@ -359,6 +432,18 @@ def test_options_that_do_not_belong_together(
 ) -> None:
     assert main(["sweep", "run", "configs/sweeps/demo.py", "--out", str(tmp_path / "out"), *words]) == 2
     assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("time", ["", "3", "3:00", "1:00:00", "2-0", "1-2:3:4", "UNLIMITED", "soon"])
+def test_times_that_are_long_enough_or_sbatchs_to_judge(time: str, tmp_path: Path) -> None:
+    path = tmp_path / "site.toml"
+    path.write_text(f"time = '{time}'")
+    assert read_site(path).time == time
+
+
+def test_a_quotation_mark_is_refused() -> None:
+    with pytest.raises(UserError, match="a quotation mark cannot be passed on"):
+        script(Path("out"), "six", Array((1, 1), 0, (0,)), Site(sbatch=['--comment=a "b"']))
 
 
 @pytest.mark.parametrize("name", ["100%", 'a"b', "a\\b"])

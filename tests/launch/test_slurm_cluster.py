@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,16 +33,14 @@ def get_sweep(overrides=(), arg=""):
     if (word := cells[0].train.init_from):
         for cell, name in zip(cells, read_json(Path(word) / "sweep.json")["cells"]):
             cell.train.init_from = str(Path(word) / "cells" / name)
+    for cell in cells[4:]:  # these are left alone, and have time
+        cell.train.steps = min(cell.train.steps, 60)
     if arg == "nodes":
         cells[-1].mesh.data = 2
     return Sweep("six", cells)
 """
-STEPS = 400
-SITE = """
-time = "60"
-signal_s = 60
-setup = ["export XLA_FLAGS=\\"$XLA_FLAGS --xla_force_host_platform_device_count=1\\""]
-"""
+STEPS = 1500
+SITE = 'time = "60"\nsignal_s = 60\n'
 WIDE = 5  # the place of the cell on two nodes
 
 
@@ -68,11 +67,12 @@ def cells(out: Path) -> list[Path]:
     return [out / "cells" / name for name in read(out / "sweep.json")["cells"]]
 
 
-def disturb(slurm: Cluster, out: Path, job: str, capsys: pytest.CaptureFixture[str]) -> dict[str, int]:
+def disturb(slurm: Cluster, out: Path, job: str) -> dict[str, int]:
     """Take one task's node away, end another's time, and kill a third's process; places of the three."""
     runs = cells(out)
+    began = time.monotonic()
     assert wait_for(lambda: all(saved_steps(run) for run in runs[:4]), 240), slurm.logs()
-    told = [out / "slurm" / f"{job}_{place}.txt" for place in range(5)]
+    told = [out / "slurm" / f"{job}_{place}.txt" for place in range(4)]
 
     def requeued() -> list[int]:
         return [place for place, path in enumerate(told) if "the job is requeued" in path.read_text()]
@@ -81,10 +81,13 @@ def disturb(slurm: Cluster, out: Path, job: str, capsys: pytest.CaptureFixture[s
     slurm.ask("sbatch", "-p", "hi", "-w", node, "-n1", "-o", "/dev/null", "--wrap", "sleep 1")
     assert wait_for(lambda: len(requeued()) == 1, 90), slurm.logs()
     [preempted] = requeued()
-    late, killed = [place for place in range(4) if place != preempted][:2]
-    os.kill(holder(FileClaims(runs[killed] / CLAIMS))["pid"], signal.SIGKILL)  # type: ignore[index]
-    # Less than the 60 s before it at which a cell is told to save.
-    slurm.ask("scontrol", "update", f"JobId={job}_{late}", "TimeLimit=1")
+    killed, late = [place for place in range(4) if place != preempted][:2]
+    entry = holder(FileClaims(runs[killed] / CLAIMS))
+    assert entry is not None, "its steps are done already"
+    os.kill(entry["pid"], signal.SIGKILL)
+    # What is left then is less than the 60 s before the end at which a cell is told to save, but not nothing.
+    minutes = int((time.monotonic() - began + 45) // 60) + 1
+    slurm.ask("scontrol", "update", f"JobId={job}_{late}", f"TimeLimit={minutes}")
     assert wait_for(lambda: len(requeued()) == 3, 150), slurm.logs()
     slurm.ask("scontrol", "update", f"JobId={job}_{late}", "TimeLimit=60")
     return {"preempted": preempted, "late": late, "killed": killed}
@@ -109,7 +112,7 @@ def test_two_stages_run_to_the_end_whatever_happens(
     assert "nothing new to submit" in capsys.readouterr().out
 
     first, second = tmp_path / "first", tmp_path / "second"
-    hit = disturb(slurm, first, job, capsys)
+    hit = disturb(slurm, first, job)
     assert wait_for(lambda: not slurm.ask("squeue", "-h"), 600), slurm.logs()
     for out in (first, second):
         states = [Status(run).read() for run in cells(out)]
@@ -122,7 +125,7 @@ def test_two_stages_run_to_the_end_whatever_happens(
         assert tries_left(states[place]) == (2 if what == "killed" else 3), what
         told = (first / "slurm" / f"{job}_{place}.txt").read_text()
         assert ("killed by signal 9" if what == "killed" else "saved, to be run again") in told
-    for run in cells(first):
+    for run in cells(first)[:4]:
         assert [line["step"] for line in lines(run / "metrics.jsonl")] == list(range(1, STEPS + 1))
     assert f"results: {first / 'results.jsonl'}" in (first / "slurm" / f"{report}.txt").read_text()
     assert "Rank 1 is connected to 1 peer ranks" in (cells(first)[WIDE] / "log.txt").read_text()
@@ -140,3 +143,36 @@ def test_two_stages_run_to_the_end_whatever_happens(
             assert [row["task"] for row in rows] == [row["task"] for row in others]
             losses = [[row["heldout_loss"] for row in found] for found in (rows, others)]
             assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_a_cancelled_job_ends_and_what_the_cluster_refuses_is_one_line(
+    slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site, out = tmp_path / "site.toml", tmp_path / "out"
+    on = ("--on", "slurm", "--site", str(site))
+    for wanted, told in (
+        ('partition = "none"', "invalid partition specified: none"),
+        ('partition = "brief"\ntime = "60"', "limit"),
+        ('sbatch = ["--reservation=none"]', "reservation is invalid"),
+        ('constraint = "h100"', "Invalid feature"),
+        ('gres = "gpu"', "Invalid generic resource"),
+    ):
+        site.write_text(wanted)
+        assert sweep(tmp_path, "out", "--config.train.steps=20", on=on) == 2
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vlmscale sweep")]
+        assert len(said) == 1, said
+        assert told in said[0]
+        assert not slurm.ask("squeue", "-h")
+        assert not list(out.glob("slurm/jobs.jsonl"))
+
+    site.write_text(SITE)
+    assert sweep(tmp_path, "out", f"--config.train.steps={STEPS}", on=on) == 0
+    job = re.findall(r"^job (\d+):", capsys.readouterr().out, re.M)[0]
+    assert wait_for(lambda: bool(saved_steps(cells(out)[0])), 240), slurm.logs()
+    slurm.ask("scancel", f"--user={os.getuid()}")
+    assert wait_for(lambda: not slurm.ask("squeue", "-h"), 120), slurm.logs()
+    told = (out / "slurm" / f"{job}_0.txt").read_text()
+    assert "so it is not run again" in told
+    assert "requeued" not in told
+    status = Status(cells(out)[0]).read()
+    assert (status["state"], tries_left(status)) == ("preempted", 3)

@@ -141,7 +141,11 @@ def _train(
             members, groups, reading, encode, heldout, journal, checkpoints, preemption, window, progress
         )
         _loop(running, step, feed)
+        # What came during the last step: who called would go on to evaluate, and be killed at that.
+        reason = preemption.requested(train.steps + 1)
     _finish(groups, folder, journal)
+    if reason:
+        raise PreemptedError(f"stopped by {reason} after the last step; saved, run again to go on")
 
 
 def _make_groups(
