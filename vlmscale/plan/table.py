@@ -166,7 +166,7 @@ def _row(
     seconds = time.seconds + (tower if cell.data.features == "computed" else 0.0)
     hours = seconds * cell.train.steps / 3600
     chips = hours * place.chips
-    price = prices.get(place.name.rpartition("-")[0])
+    price = prices.get(place.kind)
     return Planned(
         **vars(head)
         | {
