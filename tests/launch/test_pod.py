@@ -25,8 +25,8 @@ def get_sweep(overrides=()):
     specs = [f"configs/scenes_tiny.py:toy-14k,{count}" for count in (0, 1)]
     return Sweep("pair", [load_cell(spec, overrides) for spec in specs])
 """
-# A host: the variables of GKE, which jax reads when it is imported, and two of the pod's eight devices. The CPU
-# has no slices, so that these tell of what slice a process is; and each writes down what mesh it was given.
+# A host: the variables of GKE, which jax reads when it is imported, and two of the pod's eight devices. A CPU
+# has no slices: each process is taken to be of the slice that GKE told it. It writes down what mesh it got.
 HOST = """
 import json, os, sys
 from pathlib import Path
