@@ -91,11 +91,14 @@ def machine_of(part: Slice) -> Machine:
     Google also rents 8 chips of v5e and v6e as one host; here, as in xpk, v5e-8 and v6e-8 are two of four.
 
     Raises:
-      UserError: it is made of GPUs.
+      UserError: it is made of GPUs, or is several slices.
     """
     if part.generation.gpu:
         known = ", ".join(f"{key.removeprefix('tpu')}-N" for key in _KINDS)
         raise UserError(f"--topology {part.name}: is no TPU slice; JobSets are made for {known}")
+    if part.count > 1:
+        own = part.name.removeprefix(f"{part.count}x")
+        raise UserError(f"--topology {part.name}: give one slice, --topology {own} --slices {part.count}")
     accelerator, kind, prefix = _KINDS[part.generation.libtpu]
     chips = part.chips // part.hosts
     name = f"{prefix}-{int(part.name.rpartition('-')[2])}"

@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import socket
+import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from jax.sharding import AxisType, Mesh
 
 from tests.integration.processes import Child, at_work, free_port, told
 from tests.integration.tiny import wait_for
+from vlmscale.cli import _run
 from vlmscale.distributed import agree, barrier, host_part, leader, start, wait_for_leader
-from vlmscale.errors import UserError
+from vlmscale.errors import RetryableError, UserError
 from vlmscale.sharding import AXES, batch_sharding
 
 SECONDS = 60  # for the processes of one test together; few are needed, and jax itself would take 100
@@ -103,6 +106,26 @@ def test_a_malformed_spec_is_one_line_with_an_example(spec: str, started: list[d
     assert spec in str(caught.value)
     assert "\n" not in str(caught.value)
     assert started == []
+
+
+def test_hosts_of_a_pod_that_come_late_are_a_fault_and_no_mistake(
+    nothing_around: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With 2 a JobSet would fail for good."""
+    over = threading.Event()
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **words: over.wait(60))
+    try:
+        with pytest.raises(RetryableError, match=r"auto found did not come together within 0 s"):
+            start("auto", 0.1)
+        with pytest.raises(UserError, match=r"the 4 processes did not come together at a:8476 within 0 s"):
+            start("a:8476,4,3", 0.1)
+        code = _run(Namespace(command="sweep", run=lambda *_: start("auto", 0.1)), [])
+    finally:
+        over.set()
+    assert code == 1
+    err = capsys.readouterr().err
+    assert err.startswith("vlmscale sweep: the processes that --distributed=auto found")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("spec", ["a:8476,4,4", "a:8476,0,0", "a:8476,1,7"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,16 @@ from jax.sharding import PartitionSpec
 from tests.pretrained import DECODERS, LLAVAS, Saved, assert_same, make_decoder, one_device, saver
 from vlmscale.compressors import COMPRESSORS, Features, make_compressor
 from vlmscale.compressors.features import abstract_features
+from vlmscale.config import MeshConfig
+from vlmscale.distributed import host_part
 from vlmscale.errors import UserError
 from vlmscale.layers import abstract_params
 from vlmscale.models.decoder import Decoder, unstack
 from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.models.vision import VisionTower
 from vlmscale.models.vlm import VLM, Inputs
-from vlmscale.sharding import LARGE, RULES, batch_sharding, make_mesh, place
+from vlmscale.sharding import LARGE, RULES, batch_sharding, make_mesh, place, slice_count
+from vlmscale.train.state import mesh_shape
 from vlmscale.weights.directory import Description, abstract_decoder, abstract_tower, load_directory
 
 MESHES = [(2, 2, 2), (1, 8, 1), (1, 4, 2), (1, 2, 4), (1, 1, 8)]
@@ -166,6 +170,67 @@ def test_the_size_counts_in_the_dtype_asked_for() -> None:
     with pytest.raises(UserError, match=r"2\.0 MiB"):
         place(tree, make_mesh(1, 8, 1))
     assert place(tree, make_mesh(1, 8, 1), jnp.bfloat16)["some"]["kernel"].dtype == jnp.bfloat16
+
+
+class Chip:
+    """What the order of a mesh asks of a device."""
+
+    def __init__(self, number: int, process: int, slice_index: int, platform: str = "tpu") -> None:
+        self.id, self.process_index, self.slice_index, self.platform = number, process, slice_index, platform
+
+
+def pod(slices: int, hosts: int, chips: int, platform: str = "tpu") -> list[Any]:
+    """In no order, the numbers of hosts by slice in turn: what may be relied on is the slice alone."""
+    made = [
+        Chip(1000 * (part + 1) + host * chips + chip, host * slices + part, part, platform)
+        for part in range(slices)
+        for host in range(hosts)
+        for chip in range(chips)
+    ]
+    random.Random(0).shuffle(made)
+    return made
+
+
+@pytest.mark.parametrize("slices, hosts, shape", [(2, 2, (2, 4, 2)), (2, 2, (4, 2, 2)), (4, 1, (8, 2, 1))])
+def test_slices_are_outermost_and_a_host_has_one_block_of_rows(
+    slices: int, hosts: int, shape: tuple[int, int, int]
+) -> None:
+    mesh = make_mesh(*shape, devices=pod(slices, hosts, 4))
+    assert mesh.shape == dict(zip(("data", "fsdp", "tensor"), shape, strict=True))
+    parts = mesh.devices.reshape(slices, -1)
+    for number, part in enumerate(parts):
+        assert {chip.slice_index for chip in part} == {number}
+    found = [host_part(mesh, process) for process in range(slices * hosts)]
+    assert sorted(found) == [(index, slices * hosts) for index in range(slices * hosts)]
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 1), (1, 8, 2), (1, 1, 16), (3, 8, 1)])
+def test_no_axis_but_data_reaches_into_another_slice(shape: tuple[int, int, int]) -> None:
+    slices = 2 if shape[0] == 1 else 6
+    with pytest.raises(UserError) as caught:
+        make_mesh(*shape, devices=pod(slices, 2, 4) if slices == 2 else pod(slices, 1, 4))
+    data, fsdp, tensor = shape
+    assert str(caught.value) == (
+        f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}: there are {slices} slices, and fsdp and "
+        f"tensor may not reach from one into another; mesh.data must be a multiple of {slices}"
+    )
+
+
+def test_hosts_of_gpus_are_no_slices() -> None:
+    """Which is what jax calls them; fsdp goes over their network."""
+    assert make_mesh(1, 8, 2, pod(2, 1, 8, "gpu")).shape == {"data": 1, "fsdp": 8, "tensor": 2}
+    assert slice_count(pod(2, 1, 8, "gpu")) == slice_count(jax.devices()) == 1
+    assert slice_count(pod(3, 1, 1)) == 3
+
+
+def test_the_mesh_that_is_chosen_keeps_the_state_inside_a_slice() -> None:
+    """16 devices of 10 bytes: 50 bytes need more than eight of them, which one slice of two has not."""
+    none, tensor = MeshConfig(), MeshConfig(tensor=2)
+    assert mesh_shape(none, 16, 20, 10, slices=2) == (0, 4, 1)
+    assert mesh_shape(none, 16, 50, 10) == (0, 16, 1)
+    assert mesh_shape(none, 16, 50, 10, slices=2) == (0, 8, 1)
+    assert mesh_shape(tensor, 16, 50, 10, slices=2) == (0, 4, 2)
+    assert mesh_shape(none, 16, 0, 0, slices=2) == (0, 1, 1)
 
 
 def test_an_unknown_axis_is_a_mistake_of_ours() -> None:

@@ -20,7 +20,7 @@ from vlmscale.cli_evaluate import DTYPES, add_distributed, add_evaluate
 from vlmscale.cli_launch import add_demo
 from vlmscale.cli_plan import add_plan
 from vlmscale.cli_sweep import add_sweep
-from vlmscale.errors import EXIT_AGAIN, EXIT_USER, PreemptedError, UserError, disk_fault
+from vlmscale.errors import EXIT_AGAIN, EXIT_USER, PreemptedError, RetryableError, UserError, disk_fault
 from vlmscale.terminal import add_command, progress_bar, tell
 
 
@@ -75,6 +75,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         what = f" {arguments.what}" if arguments.command in ("data", "bench") else ""
         print(f"vlmscale {arguments.command}{what}: {error}", file=sys.stderr)
         return EXIT_USER
+    except RetryableError as error:
+        print(f"vlmscale {arguments.command}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("stopped; run again to go on", file=sys.stderr)
         return 130

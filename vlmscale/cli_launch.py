@@ -23,6 +23,7 @@ from vlmscale.terminal import add_command, counted, progress_bar, tell
 
 if TYPE_CHECKING:
     from launch.cohorts import Cohort
+    from launch.price import Predicted
     from launch.state import CellDirectory
 
 
@@ -46,6 +47,8 @@ def add_demo(commands: Any) -> None:
         dry_run=False,
         takes_config=True,
         topology=None,
+        text_tokens=None,
+        max_chip_hours=None,
         **{name: None for names in OPTIONS.values() for name in names},
     )
 
@@ -85,7 +88,18 @@ def add_run(sweep: Any) -> None:
         help="what a process may take, for planning cohorts (default: an equal share of this machine's free "
         "memory; on an accelerator name that of the device)",
     )
-    run.add_argument("--topology", metavar="SLICE", help="of each job on TPUs, such as v5e-256")
+    run.add_argument(
+        "--topology",
+        metavar="SLICE",
+        help="what each job runs on, such as v5e-256 or h200-8: the slice of TPUs that it asks for, and elsewhere "
+        "what the cost is predicted for",
+    )
+    run.add_argument(
+        "--max-chip-hours", type=float, metavar="X", help="refuse cells that are predicted to take more"
+    )
+    run.add_argument(
+        "--text-tokens", type=int, metavar="Q", help="for the prediction: as that of `vlmscale plan`"
+    )
     add_engines(run)
     run.set_defaults(takes_config=True)
 
@@ -105,6 +119,7 @@ def add_report(sweep: Any) -> None:
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from launch.local import run_cohorts
     from launch.opening import open_cohorts, turn
+    from launch.price import check_limit
     from launch.state import directories, open_sweep
     from vlmscale.content import check_trained
     from vlmscale.evaluate.items import check_files
@@ -114,12 +129,16 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers={arguments.workers}: must be above 0")
     check_options(arguments)
+    if arguments.topology is None and (arguments.max_chip_hours or arguments.text_tokens):
+        raise UserError("--max-chip-hours and --text-tokens are of a prediction: give --topology as well")
     sweep = load_sweep(arguments.sweep, overrides)
     check_files([cell.evaluate for cell in sweep.cells])
     if arguments.on != "slurm":  # there a stage may wait for the one before it
         for cell in sweep.cells:
             if cell.train.init_from:
                 check_trained("train.init_from", Path(cell.train.init_from))
+    if arguments.max_chip_hours is not None:
+        check_limit(_predicted(directories(sweep, arguments.out), arguments), arguments.max_chip_hours)
     if arguments.dry_run:
         return _show_plan(sweep.name, directories(sweep, arguments.out), arguments)
     make_directory(arguments.out)
@@ -152,6 +171,36 @@ def _room(arguments: argparse.Namespace, cells: Sequence[CellDirectory]) -> tupl
         largest = max(needed(cell.cell.mesh, there, cell.label) for cell in cells)
         return arguments.workers or len(there) // largest, memory
     return arguments.workers or len(cells), float("inf") if memory is None else memory
+
+
+def _predicted(cells: Sequence[CellDirectory], arguments: argparse.Namespace) -> list[Predicted]:
+    """What the cells will take on the slice that was named."""
+    from launch.price import predicted
+    from vlmscale.plan.slices import find_slice
+
+    place, slices = find_slice(arguments.topology), arguments.slices or 1
+    return predicted(cells, place, slices, text_tokens=arguments.text_tokens)
+
+
+def _show_cost(cohorts: Sequence[Cohort], arguments: argparse.Namespace) -> None:
+    """Print what each cohort will take, and all of them."""
+    from launch.price import Cost, together
+
+    costs = []
+    for cohort in cohorts:
+        found = _predicted(cohort.cells, arguments)
+        for one in found:
+            if one.reason:
+                print(f"  {cohort.id}  {one.label} cannot run there: {one.reason}")
+            elif one.changes:
+                print(f"  {cohort.id}  {one.label} with {' '.join(one.changes)}")
+        costs.append(together(found))
+        print(f"  {cohort.id}  {costs[-1].hours:.2f} h, {costs[-1].chip_hours:.1f} chip-hours")
+    whole = Cost(*map(sum, zip(*costs, strict=True))) if costs else Cost(0, 0)
+    print(
+        f"predicted for {arguments.topology}: {whole.hours:.2f} h one after another, {whole.chip_hours:.1f} "
+        "chip-hours; compilation, evaluation and restarts not counted"
+    )
 
 
 def _report_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -236,6 +285,8 @@ def _show_plan(name: str, cells: list[CellDirectory], arguments: argparse.Namesp
         ids = ", ".join(cell.id for cell in cohort.cells)
         print(f"  {cohort.id}  {counted(len(cohort.cells), 'cell')}: {ids}{done}")
     left = [cohort for cohort in cohorts if not cohort.finished]
+    if arguments.topology is not None:
+        _show_cost(left, arguments)
     if arguments.on == "slurm":
         show_slurm(name, left, cells, arguments)
     elif arguments.on == "tpu":

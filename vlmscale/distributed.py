@@ -25,7 +25,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from vlmscale.errors import UserError
+from vlmscale.errors import RetryableError, UserError
 
 _ROW_AXES = ("data", "fsdp")  # mesh axes that split a batch, the first outermost
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -45,7 +45,9 @@ def start(spec: str, timeout_s: float = 300.0) -> None:
 
     Raises:
       UserError: a malformed spec, nothing around that "auto" knows, a port that process 0 cannot have, or
-        processes that do not come together in time. After the last of these the process has to end.
+        processes that do not come together in time at an address that was given.
+      RetryableError: those of a pod do not: a host may have come up late. After this and the last of the
+        others the process has to end.
     """
     if not spec:
         return
@@ -164,7 +166,7 @@ def _check_port(address: str) -> None:
 
 
 def _initialize(words: dict[str, Any], timeout_s: float) -> Exception | None:
-    """Call jax.distributed.initialize within `timeout_s`; returns what it raised.
+    """Call jax.distributed.initialize within `timeout_s`; returns what it raised, or raises as `start` does.
 
     It runs in a thread, for jax ends the whole process where its own timeout passes.
     """
@@ -179,13 +181,16 @@ def _initialize(words: dict[str, Any], timeout_s: float) -> Exception | None:
     thread = threading.Thread(target=run, name="start", daemon=True)
     thread.start()
     thread.join(timeout_s)
+    if thread.is_alive() and not words:
+        raise RetryableError(
+            f"the processes that --distributed=auto found did not come together within {timeout_s:.0f} s; if "
+            "that happens again, check that all hosts run and reach the port of the first one"
+        )
     if thread.is_alive():
-        who = f"the {words['num_processes']} processes" if words else "the processes"
-        where = f"at {words['coordinator_address']}" if words else "that --distributed=auto found"
         raise UserError(
-            f"{who} did not come together {where} within {timeout_s:.0f} s; check that process 0 runs on "
-            "that machine, that the others reach its port, and that all were started with the same address "
-            "and count, each with its own index"
+            f"the {words['num_processes']} processes did not come together at {words['coordinator_address']} "
+            f"within {timeout_s:.0f} s; check that process 0 runs on that machine, that the others reach its "
+            "port, and that all were started with the same address and count, each with its own index"
         )
     return failed[0] if failed else None
 

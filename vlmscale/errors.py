@@ -13,6 +13,10 @@ class UserError(Exception):
     """
 
 
+class RetryableError(Exception):
+    """What another try may mend, told in one line: the command line prints it and exits with 1, a fault."""
+
+
 class PreemptedError(Exception):
     """Work stopped on a signal after saving: the process exits with 42 and is to be run again."""
 

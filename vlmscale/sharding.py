@@ -35,7 +35,7 @@ LARGE = 2**20  # bytes; a parameter above this may not lie whole on every device
 def make_mesh(
     data: int = 0, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A mesh over all devices, or over those given.
+    """A mesh over all devices, or over those given. Of several TPU slices `data` has each as a block.
 
     Args:
       data: devices along the batch; 0 for all that the other two leave.
@@ -43,7 +43,8 @@ def make_mesh(
       tensor: devices that split heads, MLPs and vocabulary.
 
     Raises:
-      UserError: the product is not the number of devices (jax itself would leave some idle, silently).
+      UserError: the product is not the number of devices (jax itself would leave some idle, silently), or
+        fsdp or tensor would reach from one slice into another.
     """
     devices = jax.devices() if devices is None else devices
     data = data or max(len(devices) // (fsdp * tensor), 1)
@@ -53,11 +54,30 @@ def make_mesh(
             f"{len(devices)}"
         )
     shape, kinds = (data, fsdp, tensor), (AxisType.Auto,) * 3  # Linen's constraints fail under Explicit axes
-    if len({device.process_index for device in devices}) == 1:
+    slices = slice_count(devices)
+    if data % slices:
+        raise UserError(
+            f"mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}: there are {slices} slices, and fsdp "
+            f"and tensor may not reach from one into another; mesh.data must be a multiple of {slices}"
+        )
+    if slices == 1 and len({device.process_index for device in devices}) == 1:
         return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
-    # jax's own order follows the wires of a TPU pod, and tears the rows of a host apart on most of them.
-    ordered = sorted(devices, key=lambda device: (device.process_index, device.id))
+    # jax's own order follows the wires of a TPU pod, and tears the rows of a host apart on most of them; so
+    # does mesh_utils.create_hybrid_device_mesh, which has that order in each slice.
+    ordered = sorted(devices, key=lambda device: (_slice_of(device), device.process_index, device.id))
     return Mesh(np.array(ordered).reshape(shape), AXES, axis_types=kinds)
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+    """How many TPU slices the devices are of: what their own wires do not join, but a slower network does.
+
+    Of GPUs jax calls each host a slice; their hosts' network carries fsdp as well, so that they count as one.
+    """
+    return len({_slice_of(device) for device in devices})
+
+
+def _slice_of(device: jax.Device) -> int:
+    return device.slice_index if device.platform == "tpu" and hasattr(device, "slice_index") else 0
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -8,7 +8,7 @@ import pytest
 
 from vlmscale.cost.peak import peak_flops
 from vlmscale.errors import UserError
-from vlmscale.plan.slices import GENERATIONS, find_slice
+from vlmscale.plan.slices import GENERATIONS, find_slice, joined
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,9 @@ from vlmscale.plan.slices import GENERATIONS, find_slice
         ("tpu7x-8", "2x2x1", 4, 8, 1),
         ("h200-8", "8", 8, 8, 1),
         ("A100-80GB-64", "64", 64, 64, 8),
+        ("2xv5e-16", "4x4", 32, 32, 8),
+        ("3xv5litepod-4", "2x2", 12, 12, 3),
+        ("4xv5p-16", "2x2x2", 32, 32, 8),
     ],
 )
 def test_a_slice(name: str, topology: str, chips: int, devices: int, hosts: int) -> None:
@@ -51,6 +54,11 @@ def test_every_slice_has_the_chips_of_its_name() -> None:
         ("h200-3", "h200 has 1, 2, 4, 8, 16,"),
         ("h200-3", "GPUs"),
         ("v5e", "no such slice"),
+        ("2xv5e-17", "v5e has 1, 4, 8, 16, 32, 64, 128, 256 chips"),
+        ("0xv5e-16", "0 slices of v5e-16: give 1 or more"),
+        ("2xh200-8", "2 slices of h200-8: GPUs have none"),
+        ("2x7x-8", "2 slices of 7x-8: how fast they are joined is not known; it is of v5e, v5p, v6e"),
+        ("16x16", "no such slice"),
         ("", "no such slice"),
     ],
 )
@@ -71,3 +79,10 @@ def test_a_slice_has_one_name() -> None:
     """By which prices and compiled programs are found."""
     assert {find_slice(name).name for name in ("v5e-16", "V5E-16", "v5litepod-16")} == {"v5e-16"}
     assert find_slice("tpu7x-8").name == "7x-8"
+    assert find_slice("1xv5e-16") == find_slice("v5e-16")
+    assert find_slice("2xV5litepod-16") == joined(find_slice("v5e-16"), 2)
+    assert [find_slice(name).kind for name in ("2xv6e-64", "7x-32", "a100-80gb-8")] == [
+        "v6e",
+        "7x",
+        "a100-80gb",
+    ]

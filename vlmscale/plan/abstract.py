@@ -37,7 +37,7 @@ def abstract_tower(cell: Cell, needs: frozenset[str]) -> Arrays:
 
 
 def topology_mesh(place: Slice, data: int, fsdp: int, tensor: int) -> Mesh:
-    """A mesh over the devices of a slice, as libtpu describes them.
+    """A mesh over the devices of a slice, or of several, as libtpu describes them.
 
     Raises:
       UserError: the three do not multiply to its devices.
@@ -48,6 +48,8 @@ def topology_mesh(place: Slice, data: int, fsdp: int, tensor: int) -> Mesh:
     name = f"{place.generation.libtpu}:{place.topology}"
     if place.generation.libtpu == "v4":
         one["chip_config_name"] = "megacore"  # a chip is a device
+    if place.count > 1:
+        one["num_slices"] = place.count
     devices = topologies.get_topology_desc(name, "tpu", **one).devices
     return make_mesh(data, fsdp, tensor, devices)  # in the order that training would have
 

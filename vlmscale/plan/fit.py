@@ -154,13 +154,14 @@ def _meshes(cell: Cell, place: Slice) -> Iterator[tuple[tuple[int, int, int], li
     """Meshes over whose devices rows and heads divide, and in how many parts each may have a batch."""
     heads = common_heads(cell)
     asked, rows, devices = cell.mesh, cell.train.batch_size // cell.data.pack_rows, place.devices
+    inside = devices // place.count  # fsdp and tensor may not reach into another slice
     tensors = [asked.tensor] if asked.tensor else [t for t in divisors(devices) if t <= MOST_TENSOR]
     for tensor in tensors:
         split = devices // tensor
-        if devices % tensor or rows % split or heads % tensor:
+        if inside % tensor or rows % split or heads % tensor:
             continue
         parts = [n for n in divisors(rows // split) if n >= cell.train.accumulate] or [cell.train.accumulate]
-        for fsdp in divisors(split):
+        for fsdp in divisors(inside // tensor):
             if asked.fsdp in (0, fsdp) and asked.data in (0, split // fsdp):
                 yield (split // fsdp, fsdp, tensor), parts
 
@@ -180,7 +181,9 @@ def llm_heads(cell: Cell) -> int:
 def why_no_mesh(cell: Cell, place: Slice) -> str:
     """One line for a cell that no mesh of a slice can hold."""
     rows, heads = cell.train.batch_size // cell.data.pack_rows, common_heads(cell)
-    tensors = [cell.mesh.tensor] if cell.mesh.tensor else divisors(math.gcd(heads, place.devices))
+    tensors = (
+        [cell.mesh.tensor] if cell.mesh.tensor else divisors(math.gcd(heads, place.devices // place.count))
+    )
     most = max(tensor for tensor in tensors if tensor <= MOST_TENSOR or tensor == cell.mesh.tensor)
     what = "rows" if cell.data.pack_rows == 1 else f"blocks of {cell.data.pack_rows} rows"
     return (
@@ -212,6 +215,13 @@ def check_mesh(cell: Cell, place: Slice) -> None:
         raise UserError(
             f"{words}: {place.name} has {devices} devices, to which data, fsdp and tensor must multiply; an "
             f"axis can have {possible}"
+        )
+    crosses = (devices // place.count) % (product // asked.get("data", 1))
+    if crosses or asked.get("data", place.count) % place.count:
+        words = ", ".join(f"mesh.{axis}={size}" for axis, size in asked.items())
+        raise UserError(
+            f"{words}: {place.name} is {place.count} slices, and fsdp and tensor may not reach from one into "
+            f"another; mesh.data must be a multiple of {place.count}"
         )
 
 
@@ -265,10 +275,11 @@ def _answering(cell: Cell, place: Slice, length: int, ask: Ask, guess: Ask) -> t
     Others have as little fsdp as can be: what it gathers may be gathered whole.
     """
     own, devices = answering_mesh(cell, place), place.devices
+    inside = devices // place.count
     others = [
         (devices // tensor // fsdp, fsdp, tensor)
-        for tensor in divisors(math.gcd(llm_heads(cell), devices))
-        for fsdp in divisors(devices // tensor)
+        for tensor in divisors(math.gcd(llm_heads(cell), inside))
+        for fsdp in divisors(inside // tensor)
         if tensor <= MOST_TENSOR and fsdp * tensor >= own[1]
     ]
     meshes = [own, *sorted(others, key=lambda mesh: mesh[1:])]
@@ -317,7 +328,8 @@ def answering_mesh(cell: Cell, place: Slice) -> tuple[int, int, int]:
 
 
 def _shape(asked: MeshConfig, place: Slice, nbytes: float) -> tuple[int, int, int]:
-    data, fsdp, tensor = mesh_shape(asked, place.devices, nbytes, place.generation.hbm)
+    hbm = place.generation.hbm
+    data, fsdp, tensor = mesh_shape(asked, place.devices, nbytes, hbm, place.count)
     return data or place.devices // (fsdp * tensor), fsdp, tensor
 
 

@@ -119,8 +119,23 @@ def step_time(
         flops,
         flops / (devices * generation.device.flops * shares.products),
         touched / (generation.device.bandwidth * shares.memory),
-        sent_bytes(cell, mesh, row_length) / (place.slowest_link * shares.links),
+        _sending(cell, place, mesh, row_length) / shares.links,
     )
+
+
+def _sending(cell: Cell, place: Slice, mesh: tuple[int, int, int], row_length: int) -> float:
+    """Seconds that a device sends for at the full speed of its links, or of the network between slices.
+
+    Over the latter go the gradients of what trains, summed inside each slice before, so that each device has
+    its part of them to send; the two overlap.
+    """
+    inside = sent_bytes(cell, mesh, row_length) / place.slowest_link
+    if place.count == 1:
+        return inside
+    trained, _ = _counts(cell)
+    others = (place.count - 1) / place.count
+    summed = 4 * trained * 2 * others / (place.chips / place.count)
+    return max(inside, summed / place.generation.between)
 
 
 def sent_bytes(cell: Cell, mesh: tuple[int, int, int], row_length: int) -> float:

@@ -1,14 +1,15 @@
 """Slices by name: their topology, hosts, and what a device of theirs has. Pure tables, no jax.
 
 Names of TPUs are Google's: of v4, v5p and 7x the number counts cores, of which a chip has two; of v5e and v6e
-chips. Of GPUs the number counts GPUs, eight in a host at most.
+chips. Of GPUs the number counts GPUs, eight in a host at most. 2xv5e-16 is two slices joined for one job.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vlmscale.cost.peak import Device, find_device
@@ -43,6 +44,7 @@ class Generation:
       devices: jax devices of a chip.
       host: chips of a host.
       outside: as `links`, to devices of other hosts, where that is another network; 0 where it is not.
+      between: as `links`, to devices of other slices; 0 where no figure is published.
     """
 
     device: Device
@@ -54,6 +56,7 @@ class Generation:
     devices: int = 1
     host: int = 4
     outside: float = 0.0
+    between: float = 0.0
 
     @property
     def gpu(self) -> bool:
@@ -61,9 +64,15 @@ class Generation:
         return not self.libtpu
 
 
-def _tpu(name: str, libtpu: str, gib: float, gbps: float, slices: dict[int, str], **more: Any) -> Generation:
-    """A TPU by its memory in GiB and its interconnect in GB/s, all links, both directions together."""
-    return Generation(find_device(name), libtpu, gib * _GIB, gbps / 2 * _GB, slices, **more)
+def _tpu(
+    name: str, libtpu: str, gib: float, gbps: float, slices: dict[int, str], gbits: float = 0, **more: Any
+) -> Generation:
+    """A TPU by its memory in GiB, its interconnect in GB/s, all links, both directions together, and Gbit/s.
+
+    The last are of a chip's share of the data centre's network.
+    """
+    device, own = find_device(name), gib * _GIB
+    return Generation(device, libtpu, own, gbps / 2 * _GB, slices, between=gbits / 8 * _GB, **more)
 
 
 def _gpu(name: str, gib: float, gbps: float) -> Generation:
@@ -77,14 +86,15 @@ def _gpu(name: str, gib: float, gbps: float) -> Generation:
 
 
 _GPUS = {number: str(number) for number in (1, 2, 4, 8, *(8 * 2**power for power in range(1, 8)))}
-# TPUs: interconnect of a chip, cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; memory is what libtpu
-# 0.0.42 says that a program may take of a device, 0.25 to 1.25 GiB less than there is. GPUs: memory as
-# nvidia-smi shows it; NVLink of NVIDIA's datasheets (A100, H100, H200, HGX B200), of L40S PCIe.
+# TPUs: interconnect and share of the data centre's network of a chip (of v5e and v6e that of a pod by its
+# 256 chips), cloud.google.com/tpu/docs/v4, v5e, v5p, v6e, tpu7x; memory is what libtpu 0.0.42 says that a
+# program may take of a device, 0.25 to 1.25 GiB less than there is. GPUs: memory as nvidia-smi shows it;
+# NVLink of NVIDIA's datasheets (A100, H100, H200, HGX B200), of L40S PCIe.
 GENERATIONS = {
     "v4": _tpu("v4", "v4", 30.75, 300, _CUBES, cores=True),
-    "v5e": _tpu("v5e", "v5e", 15.75, 200, _FLAT),
-    "v5p": _tpu("v5p", "v5p", 95.74, 600, _CUBES, cores=True),
-    "v6e": _tpu("v6e", "v6e", 31.25, 448, _FLAT),
+    "v5e": _tpu("v5e", "v5e", 15.75, 200, _FLAT, 25),
+    "v5p": _tpu("v5p", "v5p", 95.74, 600, _CUBES, 50, cores=True),
+    "v6e": _tpu("v6e", "v6e", 31.25, 448, _FLAT, 100),
     "7x": _tpu("7x", "tpu7x", 94.75, 1200 / 2, _CUBES, cores=True, devices=2),
     "a100-40gb": _gpu("a100-40gb", 40, 300),
     "a100-80gb": _gpu("a100-80gb", 80, 300),
@@ -98,22 +108,30 @@ _SPELLINGS = {"v5litepod": "v5e", "v5lite": "v5e", "tpu7x": "7x", "v7x": "7x"}
 
 @dataclass(frozen=True)
 class Slice:
-    """A slice that can be rented.
+    """A slice that can be rented, or several alike that one job spans.
 
     Attributes:
-      name: such as v5e-256.
+      name: such as v5e-256, of two of them 2xv5e-256.
       generation: of `GENERATIONS`.
-      topology: such as 16x16.
+      topology: such as 16x16, of each.
+      count: how many slices.
     """
 
     name: str
     generation: Generation
     topology: str
+    count: int = 1
+
+    @property
+    def kind(self) -> str:
+        """Its generation's name."""
+        one = self.name.removeprefix(f"{self.count}x") if self.count > 1 else self.name
+        return one.rpartition("-")[0]
 
     @property
     def chips(self) -> int:
-        """How many."""
-        return math.prod(map(int, self.topology.split("x")))
+        """How many, of all slices."""
+        return self.count * math.prod(map(int, self.topology.split("x")))
 
     @property
     def devices(self) -> int:
@@ -123,7 +141,7 @@ class Slice:
     @property
     def hosts(self) -> int:
         """Machines, one process each."""
-        return max(1, self.chips // self.generation.host)
+        return self.count * max(1, self.chips // self.count // self.generation.host)
 
     @property
     def slowest_link(self) -> float:
@@ -133,11 +151,14 @@ class Slice:
 
 
 def find_slice(name: str) -> Slice:
-    """The slice of a name such as v5e-256, v5litepod-16, v4-8 or 7x-64.
+    """The slice of a name such as v5e-256, v5litepod-16, v4-8 or 7x-64, or several alike, such as 2xv5e-16.
 
     Raises:
-      UserError: there is none; the line lists what there is.
+      UserError: there is none; the line lists what there is. Or several of them cannot be joined.
     """
+    several = re.fullmatch(r"(\d+)x([^-].*)", name.strip().lower())
+    if several is not None:
+        return joined(find_slice(several[2]), int(several[1]))
     words, _, number = name.strip().lower().rpartition("-")
     words = _SPELLINGS.get(words, words)
     generation = GENERATIONS.get(words)
@@ -153,3 +174,28 @@ def find_slice(name: str) -> Slice:
         what = "cores" if generation.cores else "GPUs" if generation.gpu else "chips"
         raise UserError(f"--topology {name}: no such slice; {words} has {known} {what}")
     return Slice(f"{words}-{int(number)}", generation, generation.slices[int(number)])
+
+
+def joined(place: Slice, count: int) -> Slice:
+    """Several slices alike that one job spans, their devices joined by the data centre's network.
+
+    Args:
+      place: one of them.
+      count: how many; 1 gives it back.
+
+    Raises:
+      UserError: no slices; GPUs, of which a larger number is one slice; or TPUs of which no speed of that
+        network is published.
+    """
+    if count < 1:
+        raise UserError(f"{count} slices of {place.name}: give 1 or more")
+    if count == 1:
+        return place
+    if place.generation.gpu:
+        raise UserError(f"{count} slices of {place.name}: GPUs have none; name more of them, such as h200-16")
+    if not place.generation.between:
+        known = ", ".join(name for name, kind in GENERATIONS.items() if kind.between)
+        raise UserError(
+            f"{count} slices of {place.name}: how fast they are joined is not known; it is of {known}"
+        )
+    return replace(place, name=f"{count}x{place.name}", count=count)

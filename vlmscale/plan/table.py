@@ -130,7 +130,7 @@ def plan(
             raise
     fits = [future.result() for future in futures]
     rows = [
-        _row(cell, place, fit, prices, shares[place.name])
+        row_of(cell, place, fit, prices, shares[place.name])
         for (_, cell, place), fit in zip(jobs, fits, strict=True)
     ]
     of_slice = []
@@ -140,9 +140,18 @@ def plan(
     return rows, of_slice
 
 
-def _row(
+def row_of(
     cell: Cell, place: Slice, fit: Fit | None, prices: dict[str, float], shares: Efficiencies | None
 ) -> Planned:
+    """The row of a cell on a slice.
+
+    Args:
+      cell: it.
+      place: the slice.
+      fit: of `find_fit` on it.
+      prices: as in `plan`.
+      shares: efficiencies; None for those that are assumed.
+    """
     if fit is None:
         return Planned(
             label(cell), place.name, None, (), 0.0, 0.0, {}, False, reason=why_no_mesh(cell, place)
@@ -166,7 +175,7 @@ def _row(
     seconds = time.seconds + (tower if cell.data.features == "computed" else 0.0)
     hours = seconds * cell.train.steps / 3600
     chips = hours * place.chips
-    price = prices.get(place.name.rpartition("-")[0])
+    price = prices.get(place.kind)
     return Planned(
         **vars(head)
         | {
@@ -206,6 +215,16 @@ def show(rows: Sequence[Planned], sums: Sequence[Totals], check: str) -> str:
     return "\n".join([*lines, check] if check else lines)
 
 
+def why_not(row: Planned) -> str:
+    """Why a cell cannot be trained or answer on a slice; "" where it can."""
+    if row.mesh is None:
+        return row.reason
+    over = [name for name, part in row.programs.items() if part["used_gib"] > part["limit_gib"]]
+    if not over:
+        return ""
+    return f"does not fit: {row.used_gib - row.limit_gib:.2f} GiB too much ({', '.join(over)})"
+
+
 def _line(row: Planned, width: int) -> str:
     head = f"{row.cell:{width}} {row.topology:9}"
     if row.mesh is None:
@@ -215,9 +234,7 @@ def _line(row: Planned, width: int) -> str:
     head += f" {'x'.join(map(str, row.mesh)):9} {memory:>12}"
     words = " ".join(row.changes)
     if not row.fits:
-        over = [name for name, part in row.programs.items() if part["used_gib"] > part["limit_gib"]]
-        most = f"{row.used_gib - row.limit_gib:.2f} GiB too much ({', '.join(over)})"
-        return f"{head} does not fit: {most} {words}".rstrip()
+        return f"{head} {why_not(row)} {words}".rstrip()
     price = "" if row.price is None else f"{row.price:.2f}"
     return (
         f"{head} {row.step_s:7.3f} {row.bound:>8} {row.tower_s:7.3f} {row.hours:7.2f} "

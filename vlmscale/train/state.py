@@ -24,7 +24,7 @@ from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES, DecoderSize
 from vlmscale.models.vlm import VLM
 from vlmscale.records import read_json
-from vlmscale.sharding import make_mesh, place, replicated
+from vlmscale.sharding import make_mesh, place, replicated, slice_count
 from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.prepared import Prepared
 from vlmscale.train.recipe import compute_dtype, stages, trained_parts, training_model
@@ -142,19 +142,22 @@ def choose_mesh(
     asked, limit = cells[0].mesh, (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
     count = bytes_of or state_bytes
     nbytes = sum(count(cell, prepared.vocab_rows(cell)) for cell in cells)
-    return make_mesh(*mesh_shape(asked, jax.device_count(), nbytes, limit))
+    devices = jax.devices()
+    return make_mesh(*mesh_shape(asked, len(devices), nbytes, limit, slice_count(devices)))
 
 
-def mesh_shape(asked: MeshConfig, devices: int, nbytes: float, limit: float) -> tuple[int, int, int]:
+def mesh_shape(
+    asked: MeshConfig, devices: int, nbytes: float, limit: float, slices: int = 1
+) -> tuple[int, int, int]:
     """Data, fsdp and tensor where so many bytes of all devices must fit into `limit` each; 0: all fits.
 
-    Data is 0 where it is what the others leave.
+    Data is 0 where it is what the others leave. Of several slices each has the whole state once.
     """
     tensor, fsdp = asked.tensor or 1, asked.fsdp
     if not fsdp and asked.data:
         fsdp = max(1, devices // (tensor * asked.data))
     elif not fsdp:
-        most = max(1, devices // tensor)
+        most = max(1, devices // slices // tensor)
         splits = [split for split in range(1, most + 1) if most % split == 0]
         fits = [split for split in splits if nbytes / tensor / split <= _STATE_SHARE * limit]
         fsdp = (fits[0] if fits else splits[-1]) if limit else 1
