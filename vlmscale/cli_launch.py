@@ -91,8 +91,8 @@ def add_run(sweep: Any) -> None:
     run.add_argument(
         "--topology",
         metavar="SLICE",
-        help="what each job runs on, such as v5e-256 or h200-8: the slice of TPUs that it asks for, and elsewhere "
-        "what the cost is predicted for",
+        help="what each job runs on, such as v5e-256 or h200-8: the slice of TPUs that it asks for, and "
+        "elsewhere what the cost is predicted for",
     )
     run.add_argument(
         "--max-chip-hours", type=float, metavar="X", help="refuse cells that are predicted to take more"
@@ -192,13 +192,13 @@ def _show_cost(cohorts: Sequence[Cohort], arguments: argparse.Namespace) -> None
         for one in found:
             if one.reason:
                 print(f"  {cohort.id}  {one.label} cannot run there: {one.reason}")
-            elif one.changes:
-                print(f"  {cohort.id}  {one.label} with {' '.join(one.changes)}")
         costs.append(together(found))
-        print(f"  {cohort.id}  {costs[-1].hours:.2f} h, {costs[-1].chip_hours:.1f} chip-hours")
+        changes = sorted({word for one in found for word in one.changes})
+        said = f"  {cohort.id}  {costs[-1].hours:.3g} h, {costs[-1].chip_hours:.3g} chip-hours"
+        print(said + (f" with {' '.join(changes)}" if changes else ""))
     whole = Cost(*map(sum, zip(*costs, strict=True))) if costs else Cost(0, 0)
     print(
-        f"predicted for {arguments.topology}: {whole.hours:.2f} h one after another, {whole.chip_hours:.1f} "
+        f"predicted for {arguments.topology}: {whole.hours:.3g} h one after another, {whole.chip_hours:.3g} "
         "chip-hours; compilation, evaluation and restarts not counted"
     )
 

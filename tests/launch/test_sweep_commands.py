@@ -330,6 +330,25 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path: Path, capsys: Any) ->
     assert not out.exists()
 
 
+def test_what_a_sweep_costs_is_told_and_limited_before_anything_is_written(
+    tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    words = ["sweep", "run", "configs/sweeps/demo.py", "--out", str(out), *DATA, *steps(20)]
+    assert main([*words, "--dry-run", "--topology", "v5e-4"]) == 0
+    told = capsys.readouterr().out
+    assert "predicted for v5e-4: " in told
+    assert told.count(" chip-hours with train.attention=splash") == 1, "all cells in one group"
+    assert main([*words, "--topology", "v5e-4", "--max-chip-hours", "1e-9"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "chip-hours, more than --max-chip-hours 1e-09; nothing was submitted" in line
+    assert main([*words, "--topology", "v5e-7", "--dry-run"]) == 2
+    assert "v5e-7" in capsys.readouterr().err
+    assert main([*words, "--max-chip-hours", "1"]) == 2
+    assert "give --topology as well" in capsys.readouterr().err
+    assert not out.exists()
+
+
 PREEMPTED_TWICE = """
 import os, sys, time
 from pathlib import Path

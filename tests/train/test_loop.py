@@ -104,6 +104,24 @@ def test_stopped_and_resumed_is_the_same_run(
     assert read(run / "status.json")["attempts"] == 2
 
 
+def test_a_stop_during_the_last_step_is_answered_when_all_is_saved(
+    cell: Cell, data: Prepared, straight: Path, tmp_path: Path
+) -> None:
+    """Else the caller would go on to evaluate, and whoever asked would kill it."""
+    run = tmp_path / "run"
+    open_run(cell, run, data.path, "")
+
+    def stop_at_the_end(step: int, *_: object) -> None:
+        if step == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(PreemptedError, match="SIGTERM after the last step; saved"):
+        train_cell(cell, run, data, stop_at_the_end)
+    assert read(run / "status.json")["state"] == "preempted"
+    check_same(run, straight)
+    train_cell(cell, run, data, lambda *_: pytest.fail("trained again"))
+
+
 def test_what_a_kill_leaves_does_not_matter(
     cell: Cell, data: Prepared, straight: Path, tmp_path: Path
 ) -> None:
