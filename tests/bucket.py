@@ -1,8 +1,8 @@
 """A bucket on loopback: `gcp-storage-emulator`, with what Google documents and it leaves out.
 
-It knows no conditions on generations, returns each listing whole and takes no empty object; all that is added
-here, before the request reaches it. It answers one request at a time, so what is looked at first still holds
-when it writes.
+It knows no conditions on generations, tells none with an object, returns each listing whole and takes no
+empty object; all that is added here, around what it does. It answers one request at a time, so what is looked
+at first still holds when it writes.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Handler(emulator.RequestHandler):
     """The emulator's, behind conditions and pages."""
 
     requests: list[str]
+    generation = ""  # of the object that is read
 
     def __init__(self, storage: Storage, requests: list[str], *rest: Any) -> None:
         self.requests = requests
@@ -51,7 +52,15 @@ class Handler(emulator.RequestHandler):
         if listed:
             self._list(listed[1], words)
         elif self._holds():
+            one = _OBJECT.fullmatch(path)
+            self.generation = self._generation(one[1], unquote(one[2])) if one else ""
             super().do_GET()
+
+    def end_headers(self) -> None:
+        """As the base, with the generation."""
+        if self.generation:
+            self.send_header("x-goog-generation", self.generation)
+        super().end_headers()
 
     def do_POST(self) -> None:
         if self._holds():
@@ -85,10 +94,7 @@ class Handler(emulator.RequestHandler):
             assert listed is not None, path
             assert "name" in words, f"a condition on an object whose name is in the body: {self.path}"
             bucket, name = listed[1], words["name"]
-        try:
-            there = str(self.storage.get_file_obj(bucket, name)["generation"])
-        except NotFound:
-            there = "0"
+        there = self._generation(bucket, name)
         if match not in (None, there):
             self._answer(412, {"error": {"code": 412, "message": "conditionNotMet"}})
             return False
@@ -96,6 +102,12 @@ class Handler(emulator.RequestHandler):
             self._answer(304, None)
             return False
         return True
+
+    def _generation(self, bucket: str, name: str) -> str:
+        try:
+            return str(self.storage.get_file_obj(bucket, name)["generation"])
+        except NotFound:
+            return "0"
 
     def _list(self, bucket: str, words: dict[str, str]) -> None:
         self.requests.append(f"{self.command} {self.path}")

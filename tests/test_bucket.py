@@ -42,10 +42,10 @@ def test_files_of_any_size_come_back_as_they_were(bucket: str, tmp_path: Path) -
         entry = place.look(path.name)
         assert entry is not None
         assert entry.checksums[1] == md5_of(path)
-        place.download(path.name, tmp_path / "back" / path.name)
+        place.download(path.name, tmp_path / "back" / path.name, entry.size)
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(FileNotFoundError):
-        place.download("none", tmp_path / "back" / "none")
+        place.download("none", tmp_path / "back" / "none", 1)
     assert len(list((tmp_path / "back").iterdir())) == 3
 
 
