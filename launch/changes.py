@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from launch.claims import FileClaims, describe, holder, take
+from launch.claims import describe, holder, take
 from launch.directory import Crew, SweepDirectory
-from launch.outcome import CANCEL, CANCELLED, CLAIMS, TRIES, forgive, settle_cancel, unfinished
+from launch.outcome import CANCEL, CANCELLED, TRIES, forgive, settle_cancel, unfinished
+from launch.place import SHARED
 from vlmscale.records import Status, make_directory, read_json, write_json
 
 Tell = Callable[[str], None]
+FILES = ("status.json", CANCEL)  # of a cell: what is read and changed here
 _STOPPED = ("failed", CANCELLED)
 
 
@@ -42,11 +44,12 @@ def retry(sweep: SweepDirectory, cells: Sequence[str], tell: Tell) -> list[str]:
             _tell_others([run for run in crew.runs if run.name in wanted and run not in stopped], tell)
         if not stopped:
             continue
-        store = FileClaims(crew.folder / CLAIMS)
+        store = sweep.place.claims(crew.folder)
         claim = take(store)
         if claim is None:
             tell(f"{crew.id}: {describe(holder(store) or {})} works on it; left alone")
             continue
+        sweep.place.refresh(crew.runs)
         behind = [run for run in crew.runs if Status(run).read().get("failed_at") is not None]
         apart = behind if len(behind) < len(crew.runs) or not set(behind) <= set(stopped) else []
         training = set(unfinished(crew.runs)) - set(behind)
@@ -63,6 +66,7 @@ def retry(sweep: SweepDirectory, cells: Sequence[str], tell: Tell) -> list[str]:
                 )
                 changed.append(run.name)
                 alone += [run.name] if run in apart else []
+        sweep.place.send(crew.runs, claim)
         claim.release()
     if alone:
         _part(sweep, alone)
@@ -98,14 +102,17 @@ def cancel(sweep: SweepDirectory, cells: Sequence[str], tell: Tell) -> tuple[lis
         for run in left:
             make_directory(run)
             (run / CANCEL).touch()
-        store = FileClaims(crew.folder / CLAIMS)
+        sweep.place.send([run / CANCEL for run in left], None)
+        store = sweep.place.claims(crew.folder)
         claim = take(store)
         if claim is None:
             tell(f"{crew.id}: {describe(holder(store) or {})} is asked to save and stop")
             asked += names
             continue
+        sweep.place.refresh(crew.runs)
         if settle_cancel(crew.runs):
             cancelled += names
+        sweep.place.send(crew.runs, claim)
         claim.release()
     return cancelled, asked
 
@@ -114,7 +121,7 @@ def forgive_failed(crews: Sequence[Crew]) -> None:
     """Give failed cells that nobody works on all their tries again: a new launch is a new chance."""
     for crew in crews:
         if any(_state(run) == "failed" for run in unfinished(crew.runs)):
-            claim = take(FileClaims(crew.folder / CLAIMS))
+            claim = take(SHARED.claims(crew.folder))
             if claim is not None:
                 forgive(crew.runs)
                 claim.release()
@@ -136,3 +143,4 @@ def _part(sweep: SweepDirectory, alone: Sequence[str]) -> None:
     others = [[name for name in ids if name not in alone] for ids in known["cohorts"]]
     known["cohorts"] = [ids for ids in others if ids] + [[name] for name in alone]
     write_json(path, known)
+    sweep.place.send([path], None)

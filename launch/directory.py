@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.place import SHARED, Place
 from vlmscale.errors import UserError
 from vlmscale.records import read_json
 
@@ -30,12 +31,23 @@ class SweepDirectory:
       name: of the sweep.
       cells: their ids, in order.
       cohorts: ids of cells that train together; empty until the data is prepared.
+      place: where others find what is written to the directory.
     """
 
     out: Path
     name: str
     cells: list[str]
     cohorts: list[list[str]]
+    place: Place = SHARED
+
+    def again(self) -> SweepDirectory:
+        """The same as it is now.
+
+        Raises:
+          UserError: as `read_sweep`.
+        """
+        self.place.again()
+        return read_sweep(self.out, self.place)
 
     def run(self, cell: str) -> Path:
         """Directory of a cell."""
@@ -86,15 +98,19 @@ class SweepDirectory:
         return [name for name in self.cells if not cells or name in cells]
 
 
-def read_sweep(out: Path) -> SweepDirectory:
+def read_sweep(out: Path, place: Place = SHARED) -> SweepDirectory:
     """A sweep's directory.
+
+    Args:
+      out: it, or the copy of one that lies elsewhere.
+      place: where that is.
 
     Raises:
       UserError: it is none, or sweep.json is damaged.
     """
     known = read_json(out / "sweep.json")
     try:
-        return SweepDirectory(out, str(known["name"]), list(known["cells"]), list(known["cohorts"]))
+        return SweepDirectory(out, str(known["name"]), list(known["cells"]), list(known["cohorts"]), place)
     except (KeyError, TypeError) as error:
         raise UserError(f"{out / 'sweep.json'}: has no {error}; it is none of a sweep") from error
 

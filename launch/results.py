@@ -13,6 +13,7 @@ from vlmscale.errors import UserError
 from vlmscale.records import Status, write_lines
 
 RESULTS = "results.jsonl"
+FILES = ("status.json", "result.jsonl")  # of a cell: what is read here
 
 
 @dataclass

@@ -10,12 +10,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.claims import FileClaims, describe, holder
+from launch.claims import describe, holder
 from launch.directory import SweepDirectory, cohort_folder
-from launch.outcome import CANCELLED, CLAIMS
+from launch.outcome import CANCELLED
+from launch.place import Place
 from vlmscale.records import Status, read_json
 
-_TAIL = 4096  # bytes at the end of metrics.jsonl that are read
+FILES, TAILS = ("status.json", "spec.json"), ("metrics.jsonl",)  # of a cell: what is read here
+TAIL = 4096  # bytes at the end of metrics.jsonl that are read
 _LOST = "its process has gone; run the sweep again"
 _EVERY_S = 5.0
 
@@ -35,9 +37,13 @@ def cell_rows(sweep: SweepDirectory) -> list[dict[str, Any]]:
     Raises:
       UserError: a damaged file.
     """
-    folders = {name: cohort_folder(sweep.out, ids) for ids in sweep.cohorts for name in ids}
-    holders: dict[Path, str | None] = {}
-    return [_row(sweep.run(name), folders.get(name, sweep.run(name)), holders) for name in sweep.cells]
+    cohorts = {name: cohort_folder(sweep.out, ids) for ids in sweep.cohorts for name in ids}
+    folders = {name: cohorts.get(name, sweep.run(name)) for name in sweep.cells}
+    states = {name: Status(sweep.run(name)).read() for name in sweep.cells}
+    held = list(dict.fromkeys(folders[name] for name in states if states[name]["state"] == "running"))
+    found = sweep.place.each(lambda folder: _holder(sweep.place, folder), held)
+    holders = dict(zip(held, found, strict=True))
+    return [_row(sweep.run(name), states[name], holders.get(folders[name])) for name in sweep.cells]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -80,8 +86,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _row(run: Path, folder: Path, holders: dict[Path, str | None]) -> dict[str, Any]:
-    status = Status(run).read()
+def _row(run: Path, status: dict[str, Any], holder: str | None) -> dict[str, Any]:
     row: dict[str, Any] = {"cell_id": run.name, "cell": "", "step": 0, "steps": 0}
     row |= {"seconds_left": None, "holder": None}
     row |= {name: status[name] for name in ("state", "attempts", "last_error")}
@@ -93,16 +98,14 @@ def _row(run: Path, folder: Path, holders: dict[Path, str | None]) -> dict[str, 
         if status["state"] == "running" and step_s is not None:
             row["seconds_left"] = step_s * max(0, row["steps"] - step)
     if status["state"] == "running":
-        if folder not in holders:
-            holders[folder] = _holder(folder)
-        row["holder"] = holders[folder]
-        if holders[folder] is None:
+        row["holder"] = holder
+        if holder is None:
             row |= {"last_error": row["last_error"] or _LOST, "seconds_left": None}
     return row
 
 
-def _holder(folder: Path) -> str | None:
-    store = FileClaims(folder / CLAIMS)
+def _holder(place: Place, folder: Path) -> str | None:
+    store = place.claims(folder)
     try:
         found = holder(store)
     except OSError:  # a disk that may not be written has no clock to ask
@@ -123,7 +126,7 @@ def _newest(run: Path) -> tuple[int, float | None]:
     path = run / "metrics.jsonl"
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _TAIL))
+            file.seek(max(0, path.stat().st_size - TAIL))
             lines = file.read().splitlines()
     except OSError:
         return 0, None

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,24 @@ def random_params() -> Callable[..., Any]:
         return jax.tree_util.tree_map_with_path(draw, shapes)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bucket_requests() -> Iterator[list[str]]:
+    """What was asked of the bucket of this session, which is an emulator on loopback."""
+    from tests.bucket import serve
+
+    with serve() as requests:
+        yield requests
+
+
+@pytest.fixture
+def bucket(bucket_requests: list[str]) -> str:
+    """An address of a bucket, of this test alone."""
+    from tests.bucket import NAME
+
+    bucket_requests.clear()
+    return f"gs://{NAME}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture

@@ -138,9 +138,9 @@ def apply_to_tpus(
     left = [cohort for cohort in make() if not cohort.finished]
     manifests = arguments.manifests or out / "manifests"
     paths = jobs(left, name, arguments.bucket, pods).write(manifests)
-    from launch.mirror import upload
+    from launch.upload import upload
 
-    upload(out, arguments.bucket)
+    upload(out, arguments.bucket, tell)
     for line in apply(paths):
         print(line)
     print(f"vlmscale sweep status {arguments.bucket} --watch")

@@ -18,6 +18,9 @@ from typing import Any
 from vlmscale import __version__
 from vlmscale.errors import UserError
 
+CHECKPOINTS = "checkpoints"  # folder of a run
+ADDRESS = "checkpoints.url"  # file of a run whose checkpoints lie in a bucket: the address
+
 
 @dataclass(frozen=True)
 class ResultRow:

@@ -16,10 +16,12 @@ from typing import Any
 
 import pytest
 
+from launch.bucket_claims import BucketClaims
 from launch.claims import Claim, ClaimStore, FileClaims, LostError, committed, holder, take, wait_and_take
 from launch.outcome import TRIES, fail, held_back, tries_left, unfinished
 from launch.work import work
 from tests.integration.tiny import lines, read, wait_for
+from vlmscale.bucket import ABSENT, Bucket
 from vlmscale.errors import EXIT_AGAIN, EXIT_USER, PreemptedError, UserError
 from vlmscale.records import Status
 
@@ -76,8 +78,29 @@ class Unlinked(Files):
             return super().create(number, entry)
 
 
-@pytest.fixture(params=["files", "files without links", "objects"])
+class BucketEntries(BucketClaims):
+    """Claims in a bucket, whose last entry a test makes old."""
+
+    def __init__(self, bucket: Bucket) -> None:
+        super().__init__(bucket)
+        self.older: Counter[str] = Counter()  # seconds, by generation: one that is renewed has another
+
+    def age_s(self, number: int) -> float:
+        return super().age_s(number) + self.older[self.generation(number)]
+
+    def generation(self, number: int) -> str:
+        entry = self.bucket.look(f"{number:06d}.json")
+        assert entry is not None
+        return entry.generation
+
+    def expire(self) -> None:
+        self.older[self.generation(self.last())] += 61
+
+
+@pytest.fixture(params=["files", "files without links", "objects", "a bucket"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    if request.param == "a bucket":
+        return BucketEntries(Bucket(request.getfixturevalue("bucket")))
     made = {"files": Files, "files without links": Unlinked}.get(request.param)
     return made(tmp_path / "claims") if made else Objects()
 
@@ -194,6 +217,33 @@ def claimed_by_another(store: Any) -> int:
     number = int(store.last()) + 1
     assert store.create(number, ELSEWHERE)
     return number
+
+
+def test_an_entry_whose_answer_was_lost_is_our_own(bucket: str, monkeypatch: Any) -> None:
+    store, write = BucketClaims(Bucket(bucket)), Bucket.write
+
+    def made_twice(self: Bucket, name: str, content: bytes, generation: str | None = None) -> Any:
+        write(self, name, content, generation)
+        return write(self, name, content, generation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "write", made_twice)
+        assert store.create(1, ELSEWHERE)
+    assert store.read(1)["pid"] == ELSEWHERE["pid"]
+    assert not store.create(1, ELSEWHERE)
+    with pytest.raises(FileExistsError):
+        store.bucket.write("000001.json", b"", ABSENT)
+
+
+@pytest.mark.parametrize("skew_s", [-1e6, 1e6])
+def test_clocks_of_machines_are_not_read_with_a_bucket(skew_s: float, bucket: str, monkeypatch: Any) -> None:
+    store, real = BucketEntries(Bucket(bucket)), time.time()
+    monkeypatch.setattr(time, "time", lambda: real + skew_s)
+    assert store.create(1, ELSEWHERE)
+    assert take(store, 60) is None
+    assert 0 <= store.age_s(1) < 30
+    store.expire()
+    assert take(store, 60) is not None
 
 
 def test_a_torn_entry_holds_until_it_expires(tmp_path: Path) -> None:

@@ -30,7 +30,9 @@ from tests.integration.tiny import wait_for
 from vlmscale.errors import UserError, disk_fault
 from vlmscale.sharding import AXES, make_mesh
 from vlmscale.train import checkpoint
-from vlmscale.train.checkpoint import MANIFEST, Checkpoints, DamagedError
+from vlmscale.train import steps as places
+from vlmscale.train.checkpoint import Checkpoints, DamagedError
+from vlmscale.train.steps import MANIFEST
 
 Items = dict[str, Any]
 Mount = Callable[[str], Path]
@@ -276,7 +278,7 @@ def test_damage_to_large_files_is_found_by_their_arrays(
     item: str, damage: str, tmp_path: Path, open_all: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No file is small here: only sizes, and what is restored, can tell."""
-    monkeypatch.setattr(checkpoint, "_SMALL", -1)
+    monkeypatch.setattr(places, "_SMALL", -1)
     made = saved(tmp_path, 4, 8, width=4096)
     DAMAGES[damage](arrays_file(tmp_path / "8", item))
     lines = Lines()
@@ -330,7 +332,7 @@ def test_a_step_without_a_manifest_counts_as_long_as_it_restores(tmp_path: Path,
 
 
 def test_read_only_changes_nothing(tmp_path: Path, open_all: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_SMALL", -1)
+    monkeypatch.setattr(places, "_SMALL", -1)
     made = saved(tmp_path, 1, 2, 3, keep=3, width=4096)
     (tmp_path / "3" / "params" / "_METADATA").unlink()
     flip(arrays_file(tmp_path / "2", "params"))
@@ -421,7 +423,7 @@ from pathlib import Path
 import jax
 jax.config.update("jax_num_cpu_devices", 8)
 from tests.train.test_checkpoint import make_items
-from vlmscale.train import checkpoint
+from vlmscale.train import checkpoint, steps
 folder, moment = Path(sys.argv[1]), sys.argv[2]
 
 def killed(*_, **__):
@@ -435,12 +437,12 @@ def after(step, do):
     return call
 
 if moment == "manifest":
-    checkpoint.write_json = after(1, checkpoint.write_json)
+    steps.write_json = after(1, steps.write_json)
 if moment == "rename":
-    checkpoint._checksum = lambda path, do=checkpoint._checksum, **options: (
+    steps._checksum = lambda path, do=steps._checksum, **options: (
         killed() if path.name == "manifest.json" and (folder / "1").exists() else do(path, **options))
 if moment == "deletion":
-    checkpoint.shutil.rmtree = after(2, shutil.rmtree)
+    shutil.rmtree = after(2, shutil.rmtree)
 checkpoints = checkpoint.Checkpoints(folder, keep=1)
 checkpoints.save(1, make_items(1))
 checkpoints.wait()
@@ -654,12 +656,12 @@ jax.distributed.initialize(
 import numpy as np
 from tests.train.test_checkpoint import abstract_of, make_items, mesh_of, own_shards
 from vlmscale.errors import UserError
-from vlmscale.train import checkpoint
+from vlmscale.train import steps
 from vlmscale.train.checkpoint import Checkpoints
 
 def run():
     lines, found = [], {}
-    checkpoint._SMALL = -1
+    steps._SMALL = -1
     mesh = mesh_of((2, 2, 2))
     checkpoints = Checkpoints(Path(folder), keep=3, tell=lines.append)
     found["opened"] = checkpoints.steps()
@@ -725,7 +727,7 @@ def in_two(folder: Path, session: str, place: Path) -> list[dict[str, Any]]:
 def test_two_processes_save_for_one_and_one_for_two(
     tmp_path: Path, open_all: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_SMALL", -1)  # as in the children: only sizes and digests tell
+    monkeypatch.setattr(places, "_SMALL", -1)  # as in the children: only sizes and digests tell
     folder = tmp_path / "checkpoints"
     for one in in_two(folder, "saves", tmp_path / "first"):
         assert (one["opened"], one["steps"], one["latest"], one["lines"]) == ([], [2, 3, 4], 4, [])

@@ -39,7 +39,7 @@ from vlmscale.sharding import replicated
 from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.frozen import load_tower, needs_of
 from vlmscale.train.prepared import TOWER, Prepared, pixels_of
-from vlmscale.train.run import CHECKPOINTS, load_prepared
+from vlmscale.train.run import load_prepared
 from vlmscale.train.state import choose_mesh, first_params, lay_out, loading_bytes
 from vlmscale.train.step import build_model, with_tower_outputs
 from vlmscale.validation import check_evaluable
@@ -119,11 +119,11 @@ def load_run(path: Path, dtype: Any = None, overrides: Sequence[str] = ()) -> Lo
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
     mesh = choose_mesh([cell], prepared, functools.partial(loading_bytes, dtype=dtype))
     places = lay_out(cell, model, mesh, tower, dtype)
-    checkpoints = Checkpoints(path / CHECKPOINTS, read_only=True)
+    checkpoints = Checkpoints.of(path, read_only=True)
     found = checkpoints.restore_latest({"params": places.trained})
     checkpoints.close()
     if found is None:
-        raise UserError(f"{path / CHECKPOINTS}: no checkpoint to read; train the run again")
+        raise UserError(f"{checkpoints.path}: no checkpoint to read; train the run again")
     frozen, _ = first_params(cell, model, places, tower, places.frozen)
     trained = jax.tree.map(lambda leaf: leaf.astype(dtype), found[1]["params"])
     params = {**frozen, **trained}

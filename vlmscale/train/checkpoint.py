@@ -8,7 +8,8 @@ raises one of five exceptions, and bytes flipped in an array's file come back as
   files    bytes of every file, and the CRC-32 of small ones; checked at each opening, without reading arrays
   digests  one number for each array, computed where the array lies; checked against what was restored
 
-It costs one pass over arrays on the device, and a look at each file. Nothing is read back after a save.
+It costs one pass over arrays on the device, and a look at each file. Nothing is read back after a save. A
+folder may be an address of a bucket; what differs there is in `vlmscale.train.steps`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,8 @@ import functools
 import json
 import logging
 import os
-import shutil
 import sys
 import time
-import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,11 +34,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from vlmscale.errors import UserError, disk_fault
-from vlmscale.records import write_json
+from vlmscale.records import ADDRESS, CHECKPOINTS
+from vlmscale.train.steps import steps_in
 
-MANIFEST, _PARTS = "manifest.json", ("files", "digests")
-_UNFINISHED = ocp.utils.TMP_DIR_SUFFIX  # Orbax's, within the name of a step that is not committed
-_SMALL = 2**20  # bytes; files up to this size have a CRC-32: all that say which array lies where
 _TIMEOUT = 7200  # seconds for a save in the background; Orbax's 1200 are few for 100 GB on a shared disk
 _ORBAX = f"{os.sep}orbax{os.sep}"  # in the paths of its source
 _REFUSALS = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED")  # in what TensorStore and XLA raise
@@ -61,31 +58,35 @@ class Checkpoints:
     The folder is the only truth: no list of steps is kept in memory that could fall behind it.
 
     Attributes:
-      path: the folder, absolute.
+      path: the folder, absolute, or the address.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | str,
         keep: int = 2,
         tell: Callable[[str], None] = lambda line: None,
         *,
         read_only: bool = False,
+        before: Callable[[], None] = lambda: None,
     ) -> None:
         """Open a folder: remove what killed saves left there, and set damaged steps aside.
 
         Args:
-          folder: RUN/checkpoints; it is made by the first save.
+          folder: RUN/checkpoints, or an address of a bucket; it is made by the first save.
           keep: good steps that stay; an older one is deleted once the next is on disk.
           tell: called on process 0 with one line for each damaged step.
           read_only: change nothing, as for evaluation; damaged steps are told and passed over.
+          before: called on process 0, in a thread, when a step is written and before it counts.
 
         Raises:
           OSError: something is to be removed or set aside, and the disk refuses.
         """
         _quiet()
-        self.path = folder.resolve()
+        self._steps = steps_in(folder)
+        self.path = self._steps.path
         self._keep, self._tell, self._read_only = max(keep, 1), tell, read_only
+        self._before = before
         self._passed_over: set[int] = set()
         self._saving: tuple[int, dict[str, jax.Array]] = (0, {})  # the step, and its digests by leaf
         self._pending: Future[None] | None = None
@@ -94,8 +95,20 @@ class Checkpoints:
         self._checkpointer = self._make_checkpointer()
         self._handler = ocp.StandardCheckpointHandler()
         if not read_only:
-            _from_first(self._remove_unfinished)
+            _from_first(self._steps.clear)
         self._sort_out()
+
+    @classmethod
+    def of(cls, run: Path, *rest: Any, **options: Any) -> Checkpoints:
+        """Those of a run directory: in its folder, or at the address that its file names.
+
+        Args:
+          run: the directory.
+          rest: as for a folder; so `options`.
+        """
+        address = run / ADDRESS
+        place = address.read_text(encoding="utf-8").strip() if address.exists() else run / CHECKPOINTS
+        return cls(place, *rest, **options)
 
     @staticmethod
     def any_in(folder: Path) -> bool:
@@ -108,7 +121,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The good steps, ascending: committed, and with the files that were saved."""
-        found = _from_first(self._inspect)
+        found = _from_first(self._steps.inspect)
         return [step for step, fault in found if fault is None and step not in self._passed_over]
 
     def save(self, step: int, items: dict[str, Any]) -> None:
@@ -157,9 +170,9 @@ class Checkpoints:
         for leaf in jax.tree.leaves(abstract):
             leaf.sharding.shard_shape(leaf.shape)  # raises: what fails from here on fails for the files
         path = self.path / str(step)
-        if not _from_first(path.is_dir):
+        if not _from_first(lambda: self._steps.exists(step)):
             raise UserError(f"{self.path}: there is no step {step}; there are {self.steps()}")
-        fault, restored = _from_first(lambda: _fault(path)), {}
+        fault, restored = _from_first(lambda: self._steps.fault(step)), {}
         if fault is None:
             try:
                 self._compare(path, abstract)
@@ -169,7 +182,7 @@ class Checkpoints:
                     raise
                 fault = f"unreadable: {_root(error)}"
             fault = _agreed(fault)
-        fault = fault or _changed(path, restored)
+        fault = fault or self._changed(step, restored)
         if fault is not None:
             raise DamagedError(f"{self.path}: step {step}", fault)
         return restored
@@ -238,40 +251,22 @@ class Checkpoints:
 
     def _may_write(self, step: int) -> bool:
         """On process 0: whether the step is new. A disk that takes nothing is told before all wait for it."""
-        probe = self.path / f"probe{_UNFINISHED}"
-        try:
-            probe.mkdir(parents=True, exist_ok=True)
-            (probe / "probe").write_bytes(bytes(4096))
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from error
-        finally:
-            shutil.rmtree(probe, ignore_errors=True)
-        return not (self.path / str(step)).exists()
+        self._steps.probe()
+        return not self._steps.exists(step)
 
     def _seal(self) -> None:
-        """Write the manifest: called on process 0 when all files are there, before the step gets its name."""
+        """Write the manifest: called on process 0 when all files are there, before the step counts."""
         step, arrays = self._saving
-        folder = next(self.path.glob(f"{step}{_UNFINISHED}*"), self.path / str(step))
-        files: dict[str, list[int | None]] = {}
-        for path in sorted(folder.glob("*/**/*")):  # of items; Orbax still writes to the step's own
-            if path.is_file():
-                size = path.stat().st_size
-                checksum = _checksum(path, sync=True) if size <= _SMALL else None
-                files[path.relative_to(folder).as_posix()] = [size, checksum]
-        numbers = {name: int(value) for name, value in jax.device_get(arrays).items()}
-        write_json(folder / MANIFEST, {"files": files, "digests": numbers})
-        _checksum(folder / MANIFEST, sync=True)
+        self._before()
+        self._steps.seal(step, {name: int(value) for name, value in jax.device_get(arrays).items()})
 
     def _finish(self) -> None:
         """In a thread: wait for the commit, then delete the steps that are too many."""
         self._checkpointer.wait_until_finished()
         if jax.process_index() == 0:
-            good = [step for step, fault in self._inspect() if fault is None]
+            good = [step for step, fault in self._steps.inspect() if fault is None]
             for step in good[: -self._keep]:
-                # Under a name of the unfinished first: killed here, it is no damaged step but a leftover.
-                leftover = self.path / f"old-{step}{_UNFINISHED}"
-                (self.path / str(step)).rename(leftover)
-                shutil.rmtree(leftover)
+                self._steps.remove(step)
 
     def _start_afresh(self) -> None:
         """After a failed save: give its room back, and leave Orbax's memory of it behind."""
@@ -284,21 +279,11 @@ class Checkpoints:
         end, calm = time.monotonic() + 20, 0  # what is there after 20 s is left to the next opening
         while jax.process_index() == 0 and calm < 10 and time.monotonic() < end:
             # Writes that TensorStore has begun make their folders again, and nobody tells when they end.
-            calm = 0 if any(self.path.glob(f"*{_UNFINISHED}*")) else calm + 1
-            self._remove_unfinished(ignore_errors=True)
+            calm = 0 if self._steps.clear(ignore_errors=True) else calm + 1
             time.sleep(0.1)
 
-    def _remove_unfinished(self, *, ignore_errors: bool = False) -> None:
-        for path in self.path.glob(f"*{_UNFINISHED}*"):
-            shutil.rmtree(path, ignore_errors)
-
-    def _inspect(self) -> list[tuple[int, str | None]]:
-        """All committed steps, ascending, and what is wrong with their files."""
-        steps = sorted(int(path.name) for path in self.path.glob("*") if path.name.isdigit())
-        return [(step, _fault(self.path / str(step))) for step in steps]
-
     def _sort_out(self) -> None:
-        for step, fault in _from_first(self._inspect):
+        for step, fault in _from_first(self._steps.inspect):
             if fault is not None and step not in self._passed_over:
                 self._give_up(step, fault)
 
@@ -309,14 +294,24 @@ class Checkpoints:
             self._passed_over.add(step)
         else:
             aside = f"damaged-{step}"
-            _from_first(lambda: _replace(self.path / str(step), self.path / aside))
+            _from_first(lambda: self._steps.set_aside(step, aside))
             where = f" and set aside as {aside}"
         newest, use = self.latest(), "the newest good one is" if self._read_only else "training goes on from"
         goes_on = f"{use} step {newest}" if newest is not None else "no good step is left"
         if jax.process_index() == 0:
             self._tell(f"{self.path}: step {step} is damaged ({fault}){where}; {goes_on}")
 
-    def _compare(self, path: Path, abstract: dict[str, Any]) -> None:
+    def _changed(self, step: int, restored: dict[str, Any]) -> str | None:
+        """Which restored array is not the one that was saved; None where all are, or no manifest says."""
+        manifest = _from_first(lambda: self._steps.manifest(step))
+        if manifest is None:
+            return None
+        for name, value in jax.device_get(digests(restored)).items():
+            if manifest["digests"].get(name) != value:
+                return f"{name} has other values than were saved"
+        return None
+
+    def _compare(self, path: Any, abstract: dict[str, Any]) -> None:
         """Raise a UserError unless a step holds exactly these leaves; Orbax itself would cast a dtype."""
         for item, tree in abstract.items():
             wanted, found = _leaves({item: tree}), {}
@@ -331,7 +326,7 @@ class Checkpoints:
                         "wrote it, or train again into another directory"
                     )
 
-    def _read(self, path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+    def _read(self, path: Any, abstract: dict[str, Any]) -> dict[str, Any]:
         read = self._handler.restore  # the checkpointer's waits for all processes, also where one has failed
         return {
             item: read(path / item, args=ocp.args.StandardRestore(tree)) if jax.tree.leaves(tree) else tree
@@ -367,61 +362,6 @@ def _digest(values: jax.Array) -> jax.Array:
     mixed = (mixed ^ (mixed >> 16)) * np.uint32(0x85EBCA6B)
     mixed = mixed ^ (mixed >> 13)
     return jnp.sum(mixed, dtype=jnp.uint32)
-
-
-def _changed(path: Path, restored: dict[str, Any]) -> str | None:
-    """Which restored array is not the one that was saved; None where all are, or no manifest says."""
-    manifest = _from_first(lambda: _manifest(path))
-    if manifest is None:
-        return None
-    for name, value in jax.device_get(digests(restored)).items():
-        if manifest["digests"].get(name) != value:
-            return f"{name} has other values than were saved"
-    return None
-
-
-def _manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a step, None where there is none; a ValueError where it is damaged."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    if not isinstance(manifest, dict) or not all(isinstance(manifest.get(k), dict) for k in _PARTS):
-        raise ValueError("no manifest")
-    return manifest
-
-
-def _fault(path: Path) -> str | None:
-    """What is wrong with the files of a committed step; a step without a manifest is taken at its word."""
-    name = MANIFEST
-    try:
-        manifest = _manifest(path)
-        if manifest is None:
-            return None if any(item.is_dir() for item in path.glob("*")) else "it is empty"
-        for name, (size, checksum) in manifest["files"].items():
-            if (found := (path / name).stat().st_size) != size:
-                return f"{name} has {found} bytes of {size}"
-            if checksum is not None and _checksum(path / name) != checksum:
-                return f"{name} has changed"
-    except (FileNotFoundError, NotADirectoryError):
-        return f"{name} is missing"
-    except (TypeError, ValueError):  # also a name with a zero byte, and what is no pair
-        return f"{MANIFEST} is unreadable"
-    return None
-
-
-def _checksum(path: Path, *, sync: bool = False) -> int:
-    """CRC-32 of a file; `sync` makes it survive a power cut, as TensorStore does for arrays."""
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return zlib.crc32(file.read())
-
-
-def _replace(source: Path, target: Path) -> None:
-    """Rename a folder; an earlier one of that name, a damaged step of the same number, gives way."""
-    shutil.rmtree(target, ignore_errors=True)
-    source.rename(target)
 
 
 def _leaves(items: dict[str, Any]) -> dict[str, Any]:

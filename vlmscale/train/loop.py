@@ -29,7 +29,6 @@ from vlmscale.train.heldout import Heldout
 from vlmscale.train.journal import Journal, tell_layout
 from vlmscale.train.preemption import Preemption
 from vlmscale.train.prepared import Prepared
-from vlmscale.train.run import CHECKPOINTS
 from vlmscale.train.state import choose_mesh
 from vlmscale.train.together import Encode, Reading, make_encode, make_put, read_together
 from vlmscale.train.watch import Means, Meter, Window
@@ -74,6 +73,7 @@ def train(
     prepared: Prepared,
     progress: Progress,
     tell: Callable[[str], None] = lambda line: None,
+    before: Callable[[], None] = lambda: None,
 ) -> None:
     """Train the opened cells of a cohort to their last step, resuming from its last good checkpoint.
 
@@ -86,6 +86,8 @@ def train(
       prepared: their data.
       progress: called with (step, steps, text).
       tell: called with what is to be known before the first step.
+      before: called on the first process, in a thread, before a checkpoint counts: what it continues is to
+        be safe by then.
 
     Raises:
       PreemptedError: something asked to stop; the state is saved.
@@ -100,7 +102,7 @@ def train(
     journal.begin(jax.devices()[0].device_kind)
     try:
         with jax.set_mesh(mesh):
-            _train(members, folder, prepared, mesh, journal, progress, tell)
+            _train(members, folder, prepared, mesh, journal, progress, tell, before)
     except PreemptedError:
         journal.status(state="preempted")
         raise
@@ -116,6 +118,7 @@ def _train(
     journal: Journal,
     progress: Progress,
     tell: Callable[[str], None],
+    before: Callable[[], None],
 ) -> None:
     cells = [member.cell for member in members]
     train, data, part = cells[0].train, cells[0].data, host_part(mesh)
@@ -123,7 +126,7 @@ def _train(
     rows = reading.layout.shape.rows
     check_batch(train.batch_size, mesh, rows, train.accumulate)
     tell_layout(members, reading, tell)
-    checkpoints = Checkpoints(folder / CHECKPOINTS, train.keep, tell)
+    checkpoints = Checkpoints.of(folder, train.keep, tell, before=before)
     put = make_put(mesh, part, train.accumulate)
     groups = _make_groups(members, folder, prepared, mesh, reading, put, tell)
     step = _restore_or_begin(groups, checkpoints, journal, tell)
@@ -326,7 +329,7 @@ def _finish(groups: Groups, folder: Path, journal: Journal) -> None:
                 continue
             params = group.params(place)
             if member.run != folder:
-                own = Checkpoints(member.run / CHECKPOINTS)
+                own = Checkpoints.of(member.run)
                 if own.latest() is None:
                     own.save(member.cell.train.steps, {"params": params})
                 own.close()

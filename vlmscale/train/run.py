@@ -16,11 +16,9 @@ import jax
 
 from vlmscale.config import Cell, cell_id, from_dict, leaves, to_dict
 from vlmscale.errors import UserError
-from vlmscale.records import make_directory, read_json, write_json
+from vlmscale.records import CHECKPOINTS, make_directory, read_json, write_json
 from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.prepared import Prepared, load_manifest
-
-CHECKPOINTS = "checkpoints"
 
 
 def open_run(cell: Cell, run: Path, data: Path, sweep: str, cohort: str = "") -> None:

@@ -286,7 +286,7 @@ def _restore_params(run: Path, flat: dict[str, Any]) -> Params:
         path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding)
         for path, leaf in flat.items()
     }
-    checkpoints = Checkpoints(run / "checkpoints", read_only=True)
+    checkpoints = Checkpoints.of(run, read_only=True)
     found = checkpoints.restore_latest({"params": unflatten_dict(float32, sep="/")})
     checkpoints.close()
     if found is None:
