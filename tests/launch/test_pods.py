@@ -82,7 +82,7 @@ def test_a_dry_run_without_a_folder_writes_nothing(tmp_path: Path, capsys: Any) 
         ([*TPU, "--env", "HF_TOKEN=x"], "manifests hold no secrets"),
         ([*TPU, "--slices", "0"], "--slices 0"),
         ([*TPU, "--site", "x.toml"], "--site is for --on slurm; here it is --on tpu"),
-        ([*TPU, "--config.mesh.data=3"], "its mesh has 3 devices, 1 x v5e-16 have 16"),
+        ([*TPU, "--config.mesh.data=3"], "mesh.data=3: v5e-16 has 16 devices"),
         (["--spot"], "--spot is for --on tpu; here it is --on local"),
         (["--no-privileged"], "--no-privileged is for --on tpu"),
         (["--on", "slurm", "--service-account", "x"], "--service-account is for --on tpu"),
