@@ -43,6 +43,13 @@ def add_plan(commands: Any) -> None:
         "most visual tokens of each LLM and of three cells between, the others by arithmetic; of none",
     )
     plan.add_argument(
+        "--effort",
+        choices=("full", "fast"),
+        default="full",
+        help="of the compiler: fast takes a third of the time for almost the same bytes; what fills a device "
+        "is compiled with full effort all the same",
+    )
+    plan.add_argument(
         "--calibration", type=Path, metavar="FILE", help="efficiencies that `vlmscale bench step` measured"
     )
     plan.add_argument("--workers", type=int, help="programs compiled at a time (default: half the cores)")
@@ -76,7 +83,7 @@ def _plan(arguments: argparse.Namespace, overrides: list[str]) -> int:
         tell("data.packing=pack: planned with one picture a row; packed rows have more (docs/plan.md)")
     bar = progress_bar()
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    answers = Answers(cells, arguments.compile, root / "vlmscale" / "plans")
+    answers = Answers(cells, arguments.compile, root / "vlmscale" / "plans", arguments.effort)
     rows, sums = plan(
         cells,
         arguments.topology,

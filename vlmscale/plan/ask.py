@@ -25,15 +25,16 @@ class Answers:
       errors: of arithmetic, as a share of what the compiler says, by the key of a program that both know.
     """
 
-    def __init__(self, cells: Sequence[Cell], way: str, cache: Path) -> None:
+    def __init__(self, cells: Sequence[Cell], way: str, cache: Path, effort: str = "full") -> None:
         """Nothing is asked yet.
 
         Args:
           cells: what is planned.
           way: of `WAYS`; "ends" compiles the least and the most visual tokens of cells that are else alike.
           cache: directory of what was compiled before.
+          effort: of the compiler, as `vlmscale.plan.compiled.compile_request` has it.
         """
-        self._compiler = Compiler(cache)
+        self._compiler = Compiler(cache, effort)
         self._chosen = {"all": set(range(len(cells))), "ends": ends(cells), "none": set()}[way]
         self.errors: dict[str, float] = {}
 
@@ -44,7 +45,7 @@ class Answers:
         if number in self._chosen:
             found: Compiled | None = self._compiler(request)
         else:
-            found = known(request, self._compiler.cache)
+            found = known(request, self._compiler.cache, self._compiler.effort)
         guess = predict(request)
         if found is None:
             return guess

@@ -38,6 +38,11 @@ _QUIET = {  # the first two keep libtpu from asking a metadata server; the third
 _OVER = re.compile(
     r"(?:Used |HLO temporaries \()([\d.]+)([KMGT])(?: of |\) exceeds available HBM \()([\d.]+)([KMGT])"
 )
+EFFORTS = ("full", "fast")
+# XLA's own scale from -1 to 1: fast leaves out most of what makes a program quick and little of what makes it
+# small. docs/plan.md has what that changes.
+_OPTIONS: dict[str, dict[str, Any] | None] = {"full": None, "fast": {"exec_time_optimization_effort": -1.0}}
+_CLOSE = 0.9  # of what there is; a program that takes more is compiled with full effort
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -144,25 +149,42 @@ def needs_libtpu() -> None:
         raise UserError("the TPU compiler (libtpu) is not installed; pip install 'vlmscale[tpu]'")
 
 
-def known(request: Request, cache: Path) -> Compiled | None:
-    """What the compiler said before, if it was asked."""
-    try:
-        return Compiled(**json.loads((cache / f"{request.key()}.json").read_text())["compiled"])
-    except (OSError, ValueError, KeyError, TypeError):  # none, or one that was cut off or is of another form
-        return None
+def known(request: Request, cache: Path, effort: str = "full") -> Compiled | None:
+    """What the compiler said before with this effort or a greater one, if it was asked."""
+    for name in EFFORTS[: EFFORTS.index(effort) + 1]:
+        try:
+            text = (_folder(cache, name) / f"{request.key()}.json").read_text()
+            return Compiled(**json.loads(text)["compiled"])
+        except (OSError, ValueError, KeyError, TypeError):  # none, or cut off, or of another form
+            continue
+    return None
 
 
-def compile_request(request: Request, cache: Path) -> Compiled:
+def _folder(cache: Path, effort: str) -> Path:
+    return cache if effort == "full" else cache / effort
+
+
+def compile_request(request: Request, cache: Path, effort: str = "full") -> Compiled:
     """What the compiler says; from the cache where it was asked before.
+
+    Args:
+      request: the program.
+      cache: folder of answers.
+      effort: of `EFFORTS`. Where "fast" finds a program that fills a device or does not fit, it is compiled
+        with full effort.
 
     Raises:
       UserError: libtpu is not installed, the mesh cannot hold the cell, or the compiler failed otherwise.
     """
     needs_libtpu()
-    before = known(request, cache)
-    if before is not None:
-        return before
-    told = asdict(request) | {"cell": to_dict(request.cell)}
+    found = known(request, cache, effort) or _compile(request, cache, effort)
+    if effort != "full" and found.needed > _CLOSE * found.limit:
+        return compile_request(request, cache)
+    return found
+
+
+def _compile(request: Request, cache: Path, effort: str) -> Compiled:
+    told = asdict(request) | {"cell": to_dict(request.cell), "effort": effort}
     done = subprocess.run(
         [sys.executable, "-m", "vlmscale.plan.compiled"],
         input=json.dumps(told),
@@ -179,16 +201,17 @@ def compile_request(request: Request, cache: Path) -> Compiled:
         why = "killed, perhaps for memory: try --workers 1" if done.returncode < 0 else said[-1]
         raise UserError(f"compiling {what} ended with code {done.returncode}: {why}")
     found = Compiled(**json.loads(done.stdout.splitlines()[-1]))
-    cache.mkdir(parents=True, exist_ok=True)
-    write_json(cache / f"{request.key()}.json", {"request": told, "compiled": asdict(found)})
+    folder = _folder(cache, effort)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{request.key()}.json", {"request": told, "compiled": asdict(found)})
     return found
 
 
 class Compiler:
     """The compiler behind its cache, for several threads: a request that is under way is waited for."""
 
-    def __init__(self, cache: Path) -> None:
-        self.cache, self._lock = cache, threading.Lock()
+    def __init__(self, cache: Path, effort: str = "full") -> None:
+        self.cache, self.effort, self._lock = cache, effort, threading.Lock()
         self._running: dict[str, Future[Compiled]] = {}
 
     def __call__(self, request: Request) -> Compiled:
@@ -199,7 +222,7 @@ class Compiler:
             future = self._running.setdefault(key, Future())
         if mine:
             try:
-                future.set_result(compile_request(request, self.cache))
+                future.set_result(compile_request(request, self.cache, self.effort))
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
@@ -214,11 +237,11 @@ def lower_request(request: Request) -> Any:
     return lowered(request.program, request.cell, mesh, request.length)
 
 
-def measure(request: Request, place: Slice) -> Compiled:
-    """Compile here and now."""
+def measure(request: Request, place: Slice, effort: str = "full") -> Compiled:
+    """Compile here and now, with an effort of `EFFORTS`."""
     start, program = time.perf_counter(), lower_request(request)
     try:
-        stats = program.compile().memory_analysis()
+        stats = program.compile(compiler_options=_OPTIONS[effort]).memory_analysis()
     except Exception as error:
         over = _OVER.search(str(error))
         if over is None:
@@ -239,7 +262,7 @@ def main() -> int:
     cell = from_dict(told["cell"])
     request = Request(told["program"], cell, told["topology"], tuple(told["mesh"]), told["length"])
     try:
-        print(json.dumps(asdict(measure(request, find_slice(request.topology)))))
+        print(json.dumps(asdict(measure(request, find_slice(request.topology), told["effort"]))))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
