@@ -6,13 +6,15 @@ devices send. They overlap in XLA's schedule, so that none is added to another.
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from vlmscale.config import Cell
+from vlmscale.config import Cell, from_dict, to_dict
 from vlmscale.cost.image import Sample, tower_flops
 from vlmscale.cost.training import step_flops
 from vlmscale.errors import UserError
@@ -156,7 +158,13 @@ def sent_bytes(cell: Cell, mesh: tuple[int, int, int], row_length: int) -> float
 
 def _counts(cell: Cell) -> tuple[int, int]:
     """Parameters that a step trains, and others that it computes with."""
-    places = training_places(cell, (1, 1, 1))
+    return _counted(json.dumps(to_dict(cell), sort_keys=True))
+
+
+@lru_cache(maxsize=256)
+def _counted(config: str) -> tuple[int, int]:
+    """By the config as text: a cell can be changed, and every mesh that is tried asks three times."""
+    places = training_places(from_dict(json.loads(config)), (1, 1, 1))
     return tree.count(places.trained), tree.count(places.frozen)
 
 
