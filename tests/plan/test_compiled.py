@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -105,7 +106,7 @@ def test_what_the_compiler_says_of_too_little_memory_is_read(
     said = f"RESOURCE_EXHAUSTED: {told}"
 
     class Program:
-        def compile(self) -> None:
+        def compile(self, **options: object) -> None:
             raise RuntimeError(said)
 
     monkeypatch.setattr(compiled, "lower_request", lambda request: Program())
@@ -141,13 +142,42 @@ def test_a_compilation_that_fails(
     assert not (tmp_path / "cache").exists()
 
 
+@pytest.mark.parametrize("needed, efforts", [(14, ["fast"]), (15, ["fast", "full"]), (17, ["fast", "full"])])
+def test_what_fills_a_device_is_compiled_with_full_effort(
+    needed: int, efforts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Done:
+        returncode, stderr = 0, ""
+
+        def __init__(self, told: str) -> None:
+            asked.append(json.loads(told)["effort"])
+            more = len(asked) - 1  # what full effort finds
+            self.stdout = json.dumps(asdict(Compiled(1, 0, 0, 0, (needed + more) * GIB, 16 * GIB, 1.0)))
+
+    monkeypatch.setattr(compiled.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(compiled.metadata, "version", lambda name: "1")
+    monkeypatch.setattr(compiled.subprocess, "run", lambda *words, **options: Done(options["input"]))
+    request = Request("train", compiled.from_dict(_cell()), "v5e-8", (8, 1, 1), 128)
+    found = compile_request(request, tmp_path, "fast")
+    assert asked == efforts
+    assert found.needed == (needed + len(efforts) - 1) * GIB
+    assert compile_request(request, tmp_path, "fast") == found, "from the cache"
+    assert asked == efforts
+    compile_request(request, tmp_path)
+    assert asked == ["fast", "full"], "fast answers are none with full effort"
+    assert compiled.known(request, tmp_path, "fast") == compiled.known(request, tmp_path)
+
+
 def test_every_cell_of_a_sweep_has_its_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Cells of one shape ask the compiler for one program."""
     asked = []
 
-    def answer(request: Request, cache: Path) -> Compiled:
+    def answer(request: Request, cache: Path, effort: str) -> Compiled:
+        assert effort == "full"
         asked.append((request.program, request.topology))
         return Compiled(0, 0, 0, 0, GIB, 16 * GIB, 1.0)
 
