@@ -6,7 +6,9 @@ as read off programs that the TPU compiler scheduled; docs/paper-grid.md has wha
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import asdict, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from vlmscale.compressors.features import blocks_read
-from vlmscale.config import Cell, CompressorConfig, TowerConfig
+from vlmscale.config import Cell, CompressorConfig, TowerConfig, TrainConfig
 from vlmscale.cost.image import CompressorCall, compressor_call
 from vlmscale.cost.residuals import layer_residual_bytes
 from vlmscale.models.sizes import SIZES, TOWERS, DecoderSize
@@ -98,7 +100,9 @@ def predict_training(cell: Cell, mesh: tuple[int, int, int], length: int) -> tup
     """Bytes of the arguments, temporaries and code of a training step."""
     where, (data, fsdp, tensor) = abstract_mesh(mesh), mesh
     places, train = training_places(cell, mesh), cell.train
-    state = abstract_state(make_optimizer(train), places.trained, where)
+    state = abstract_state(
+        _optimizer(json.dumps(asdict(replace(train, init_from="")))), places.trained, where
+    )
     model = training_model(cell, vocab_rows(cell))
     batch = abstract_batch(cell, model, where, length)
     arguments = device_bytes(state) + device_bytes(places.frozen) + device_bytes(batch)
@@ -138,6 +142,12 @@ def predict_training(cell: Cell, mesh: tuple[int, int, int], length: int) -> tup
     backward = kept + 2 * casts + work + gradients + own_table * size.tied_embeddings
     parts = gradients if train.accumulate > 1 else 0
     return arguments, max(loss, backward) + parts, _CODE["train"]
+
+
+@lru_cache(maxsize=64)
+def _optimizer(train: str) -> Any:
+    """Of a recipe as text; one and the same for all meshes, so that jax traces it once."""
+    return make_optimizer(TrainConfig(**json.loads(train)))
 
 
 def _layer_numbers(size: DecoderSize, tensor: int) -> int:

@@ -374,7 +374,9 @@ def first_state(optimizer: optax.GradientTransformation, params: Params, mesh: M
 
 def abstract_state(optimizer: optax.GradientTransformation, places: Params, mesh: Mesh) -> TrainState:
     """Shapes and places of a state, to restore one."""
-    shapes = jax.eval_shape(optimizer.init, places)
+    # Without places: what one optimiser was traced for on one mesh jax knows on the others.
+    plain = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), places)
+    shapes = jax.eval_shape(optimizer.init, plain)
     zero: Any = jax.ShapeDtypeStruct((), np.int32, sharding=replicated(mesh))
     return TrainState(zero, places, _like_params(optimizer, shapes, places, mesh), zero)
 
