@@ -170,6 +170,24 @@ def test_what_fills_a_device_is_compiled_with_full_effort(
     assert compiled.known(request, tmp_path, "fast") == compiled.known(request, tmp_path)
 
 
+def test_decoding_with_split_weights_is_compiled_with_full_effort(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    efforts: list[str] = []
+
+    def answer(request: Request, cache: Path, effort: str) -> Compiled:
+        efforts.append(effort)
+        return Compiled(1, 0, 0, 0, GIB, 16 * GIB, 1.0)
+
+    monkeypatch.setattr(compiled, "needs_libtpu", lambda: None)
+    monkeypatch.setattr(compiled, "_compile", answer)
+    monkeypatch.setattr(compiled.metadata, "version", lambda name: "1")
+    cell = compiled.from_dict(_cell())
+    for program, mesh in (("generate", (4, 2, 1)), ("generate", (8, 1, 1)), ("train", (4, 2, 1))):
+        compile_request(Request(program, cell, "v5e-8", mesh, 128), tmp_path, "fast")
+    assert efforts == ["full", "fast", "fast"]
+
+
 def test_every_cell_of_a_sweep_has_its_row(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

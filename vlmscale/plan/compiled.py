@@ -170,13 +170,16 @@ def compile_request(request: Request, cache: Path, effort: str = "full") -> Comp
     Args:
       request: the program.
       cache: folder of answers.
-      effort: of `EFFORTS`. Where "fast" finds a program that fills a device or does not fit, it is compiled
-        with full effort.
+      effort: of `EFFORTS`. A program that "fast" finds to fill a device or not to fit is compiled with full
+        effort; so is decoding with weights split over `fsdp`, which full effort gathers ahead of the loop into
+        up to three times the bytes.
 
     Raises:
       UserError: libtpu is not installed, the mesh cannot hold the cell, or the compiler failed otherwise.
     """
     needs_libtpu()
+    if request.program == "generate" and request.mesh[1] > 1:
+        effort = "full"
     found = known(request, cache, effort) or _compile(request, cache, effort)
     if effort != "full" and found.needed > _CLOSE * found.limit:
         return compile_request(request, cache)
