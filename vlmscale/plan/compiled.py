@@ -171,7 +171,7 @@ def compile_request(request: Request, cache: Path, effort: str = "full") -> Comp
       request: the program.
       cache: folder of answers.
       effort: of `EFFORTS`. A program that "fast" finds to fill a device or not to fit is compiled with full
-        effort; so is decoding with weights split over `fsdp`, which full effort gathers ahead of the loop into
+        effort; so is decoding with weights split over `fsdp`, which full effort gathers ahead, into
         up to three times the bytes.
 
     Raises:
