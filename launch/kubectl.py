@@ -81,8 +81,8 @@ def check_cluster(runner: Runner = subprocess.run) -> None:
     """
     if shutil.which("kubectl") is None:
         raise UserError(
-            "kubectl: not found; gcloud components install kubectl, or --dry-run --manifests DIR here and "
-            "elsewhere kubectl apply -f DIR"
+            "kubectl: not found; gcloud components install kubectl here, where the data is prepared; "
+            "--dry-run needs none"
         )
     words = ["version", f"--request-timeout={_ANSWER_S}s"]
     _kubectl(runner, words, "kubectl", "nothing was submitted")

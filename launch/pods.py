@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ def check_cells(cells: Sequence[CellDirectory], bucket: str, pods: Pods) -> None
       UserError: something that Kubernetes, GKE or JobSet would refuse, no object store, or a mesh that is not
         of the slices' devices.
     """
-    if not bucket.startswith("gs://") or not bucket.removeprefix("gs://").strip("/"):
+    if not re.fullmatch(r"gs://\w[-\w.]*/[^\s/][^\s]*", bucket):
         raise UserError(
             f"--bucket {bucket}: pods share no disk; give an object store such as gs://BUCKET/runs/x"
         )

@@ -94,23 +94,23 @@ def together(found: Sequence[Predicted]) -> Cost:
     return Cost(hours, hours * max((one.chips for one in found), default=0))
 
 
-def check_limit(found: Sequence[Predicted], limit: float) -> None:
-    """Refuse a sweep with a cell that would take more chip-hours than it may, or for which none can be told.
+def check_limit(found: Sequence[Predicted], limit: float | None) -> None:
+    """Refuse a sweep with a cell that would take more chip-hours than it may, or that cannot run there.
 
     Args:
       found: of `predicted`.
-      limit: chip-hours of one cell at most.
+      limit: chip-hours of one cell at most; None for any.
 
     Raises:
       UserError: naming the first such cell; or the limit is no number above 0.
     """
-    if not 0 < limit < math.inf:
+    if limit is not None and not 0 < limit < math.inf:
         raise UserError(f"--max-chip-hours {limit:g}: must be a number above 0")
     for one in found:
         what = f"cell {one.id} ({one.label}) on {one.topology}"
         if one.chip_hours is None:
             raise UserError(f"{what}: cannot run there: {one.reason}; nothing was submitted")
-        if one.chip_hours > limit:
+        if limit is not None and one.chip_hours > limit:
             raise UserError(
                 f"{what}: predicted to take {one.chip_hours:.1f} chip-hours, more than --max-chip-hours "
                 f"{limit:g}; nothing was submitted"

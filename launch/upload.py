@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.directory import SweepDirectory, read_sweep
-from launch.mirror import below, told
+from launch.mirror import below, reached, told
+from launch.outcome import held_back, unfinished
 from vlmscale.bucket import ABSENT, Bucket, Entry, at_once, md5_of
 from vlmscale.errors import UserError
-from vlmscale.records import Status, read_json
+from vlmscale.records import Status, read_json, write_json
 
 _MANIFEST = "data/manifest.json"
 _ELSEWHERE = (
@@ -66,11 +67,53 @@ def upload(local: Path, remote: str, tell: Callable[[str], None] = lambda line: 
     return len(changed) + len(added)
 
 
+def adopt_cohorts(local: Path, remote: str) -> None:
+    """Let a sweep's directory have the cohorts of the same sweep in a bucket, where jobs have them fixed.
+
+    So it is where the directory was made anew, or a retry there has parted a cohort.
+
+    Args:
+      local: the directory, whose cells are known.
+      remote: the address.
+
+    Raises:
+      UserError: another sweep is there.
+    """
+    bucket = Bucket(remote)
+    if bucket.look("sweep.json") is None:
+        return
+    known, own = json.loads(bucket.read("sweep.json")), read_json(local / "sweep.json")
+    _check(read_sweep(local), known | {"cohorts": own["cohorts"]}, bucket.address)
+    if known["cohorts"] != own["cohorts"]:
+        write_json(local / "sweep.json", own | {"cohorts": known["cohorts"]})
+
+
+def finished_there(remote: str) -> dict[str, str]:
+    """Why cohorts of a sweep in a bucket need no job: done, or failed or cancelled until they are retried.
+
+    Args:
+      remote: the address.
+
+    Returns:
+      Reasons by the ids of cohorts.
+    """
+    found = {}
+    with reached(remote, ("status.json",)) as sweep:
+        for crew in sweep.crews():
+            if not unfinished(crew.runs):
+                found[crew.id] = "done"
+            elif why := held_back(crew.runs):
+                found[crew.id] = f"{why}; vlmscale sweep retry {remote}, and kubectl delete jobset of its job"
+    return found
+
+
 def _check(sweep: SweepDirectory, known: dict[str, Any], address: str) -> None:
-    if known.get("cells") != sweep.cells:
-        raise UserError(
-            f"{address}: holds sweep {known.get('name')} with other cells; choose another address"
-        )
+    for what, ours in (("cells", sweep.cells), ("cohorts", sweep.cohorts)):
+        if known.get(what) != ours:
+            raise UserError(
+                f"{address}: holds sweep {known.get('name')} with other {what} than {sweep.out}; choose "
+                "another address"
+            )
 
 
 def _data(local: Path) -> tuple[bytes, dict[str, Path]]:

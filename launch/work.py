@@ -146,7 +146,7 @@ def attempt(
 
     with held.kept(life_s, lost, look), place.kept(places, held):
         code = _ended(folder, runs, lambda: run(commit), preempted_or_failed)
-        with contextlib.suppress(OSError, LostError):
+        try:
             held.renew()
             place.look(runs, now=True)
             if settle_cancel(runs):
@@ -154,6 +154,11 @@ def attempt(
                 code = EXIT_USER
             place.send(places, held)
             held.release()
+        except LostError:
+            pass
+        except OSError as error:  # what was committed is settled by whoever comes next
+            say(f"{folder.name}: {error}")
+            code = code or 1
     return code
 
 

@@ -220,10 +220,12 @@ class Bucket:
         """Make an OSError of what went wrong on the way."""
         try:
             yield
-        except OSError as error:
-            if "Forbidden" in str(error):
-                raise PermissionError(errno.EACCES, _line(error), self.address) from error
+        except (FileNotFoundError, FileExistsError):
             raise
+        except OSError as error:  # of a network that is away, too
+            refused = "Forbidden" in str(error) or isinstance(error, PermissionError)
+            number = errno.EACCES if refused else error.errno or errno.EIO
+            raise OSError(number, _line(error), self.address) from error
         except Exception as error:  # of aiohttp, requests, google.auth and gcsfs
             raise OSError(errno.EIO, _line(error), self.address) from error
 

@@ -52,7 +52,7 @@ def add_engines(run: Any) -> None:
 
 
 def check_options(arguments: argparse.Namespace) -> None:
-    """Refuse options of another engine than `--on` names.
+    """Refuse options of another engine than `--on` names, and what is missing or wrong of its own.
 
     Raises:
       UserError: with the option.
@@ -62,6 +62,8 @@ def check_options(arguments: argparse.Namespace) -> None:
             if getattr(arguments, name) is not None and arguments.on != engine:
                 option = "no-privileged" if name == "privileged" else name.replace("_", "-")
                 raise UserError(f"--{option} is for --on {engine}; here it is --on {arguments.on}")
+    if arguments.on == "tpu":
+        _pods(arguments)
     if arguments.on != "local" and arguments.workers and arguments.memory is None:
         raise UserError("--workers plans cohorts: give --memory GIB as well, that of all devices of a job")
 
@@ -130,17 +132,26 @@ def apply_to_tpus(
 ) -> int:
     """Hand what is left of a sweep to the cluster that kubectl's config names."""
     from launch.kubectl import apply, check_cluster
+    from launch.mirror import told
     from launch.pods import check_cells, jobs
+    from launch.upload import adopt_cohorts, finished_there, upload
 
-    pods, out = _pods(arguments), arguments.out
-    check_cells(cells, arguments.bucket, pods)  # a mistake is told before the data is prepared
+    pods, out, bucket = _pods(arguments), arguments.out, arguments.bucket
+    check_cells(cells, bucket, pods)  # a mistake is told before the data is prepared
     check_cluster()
-    left = [cohort for cohort in make() if not cohort.finished]
-    manifests = arguments.manifests or out / "manifests"
-    paths = jobs(left, name, arguments.bucket, pods).write(manifests)
-    from launch.upload import upload
-
-    upload(out, arguments.bucket, tell)
+    with told():
+        adopt_cohorts(out, bucket)  # and whether there is a bucket at all
+        cohorts = make()
+        upload(out, bucket, tell)
+        over = finished_there(bucket)
+    left = [cohort for cohort in cohorts if cohort.id not in over]
+    for cohort in cohorts:
+        if why := over.get(cohort.id):
+            tell(f"{cohort.label} ({cohort.id}) is left out: {why}")
+    if not left:
+        print("nothing to submit")
+        return 0
+    paths = jobs(left, name, bucket, pods).write(arguments.manifests or out / "manifests")
     for line in apply(paths):
         print(line)
     print(f"vlmscale sweep status {arguments.bucket} --watch")
@@ -164,7 +175,9 @@ def show_tpus(
         print(f"{what}; --manifests DIR writes them")
         return
     made.write(arguments.manifests)
-    print(f"{what} in {arguments.manifests}: kubectl apply -f {arguments.manifests}")
+    print(
+        f"{what} in {arguments.manifests}, to look at: their jobs need what the launch puts into the bucket"
+    )
 
 
 def _pods(arguments: argparse.Namespace) -> Pods:

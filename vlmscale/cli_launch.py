@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     from launch.state import CellDirectory
 
 
+def where(word: str) -> Path | str:
+    """A directory, or an address, whose slashes a path would change."""
+    from vlmscale.bucket import is_bucket
+
+    return word if is_bucket(word) else Path(word)
+
+
 def add_demo(commands: Any) -> None:
     """Declare `demo`: a sweep that ships with the package."""
     demo = add_command(
@@ -64,7 +71,7 @@ def add_run(sweep: Any) -> None:
     )
     run.add_argument("sweep", metavar="SWEEP", help="file with get_sweep(overrides)")
     run.add_argument(
-        "--out", type=Path, required=True, help="directory; several launchers on one share the work"
+        "--out", type=where, required=True, help="directory; several launchers on one share the work"
     )
     run.add_argument(
         "--on",
@@ -113,7 +120,7 @@ def add_report(sweep: Any) -> None:
         "collect the results and write the report, as `run` does last",
         "vlmscale sweep report DIR",
     )
-    report.add_argument("out", type=Path, metavar="DIR")
+    report.add_argument("out", type=where, metavar="DIR")
 
 
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
@@ -121,6 +128,7 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from launch.opening import open_cohorts, turn
     from launch.price import check_limit
     from launch.state import directories, open_sweep
+    from vlmscale.bucket import is_bucket
     from vlmscale.content import check_trained
     from vlmscale.evaluate.items import check_files
     from vlmscale.loading import load_sweep
@@ -129,6 +137,10 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers={arguments.workers}: must be above 0")
     check_options(arguments)
+    if is_bucket(arguments.out):
+        raise UserError(
+            f"--out {arguments.out}: is a directory here; --on tpu --bucket names where jobs work"
+        )
     if arguments.topology is None and (arguments.max_chip_hours or arguments.text_tokens):
         raise UserError("--max-chip-hours and --text-tokens are of a prediction: give --topology as well")
     sweep = load_sweep(arguments.sweep, overrides)
@@ -137,8 +149,9 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
         for cell in sweep.cells:
             if cell.train.init_from:
                 check_trained("train.init_from", Path(cell.train.init_from))
-    if arguments.max_chip_hours is not None:
-        check_limit(_predicted(directories(sweep, arguments.out), arguments), arguments.max_chip_hours)
+    if arguments.max_chip_hours is not None or arguments.on == "tpu":
+        found = _predicted(directories(sweep, arguments.out), arguments)
+        check_limit(found, arguments.max_chip_hours)
     if arguments.dry_run:
         return _show_plan(sweep.name, directories(sweep, arguments.out), arguments)
     make_directory(arguments.out)
@@ -204,6 +217,13 @@ def _show_cost(cohorts: Sequence[Cohort], arguments: argparse.Namespace) -> None
 
 
 def _report_sweep(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.bucket import is_bucket
+
+    if is_bucket(arguments.out):
+        raise UserError(
+            f"{arguments.out}: a report is written on a disk: vlmscale sweep collect {arguments.out} --out "
+            "all.jsonl, then vlmscale analyze all.jsonl --out report"
+        )
     return _finish(arguments.out, "results")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmscale.cli_evaluate import add_distributed
-from vlmscale.cli_launch import add_report, add_run
+from vlmscale.cli_launch import add_report, add_run, where
 from vlmscale.errors import UserError
 from vlmscale.terminal import add_command, tell
 
@@ -25,7 +25,7 @@ def add_sweep(commands: Any) -> None:
     status = add_command(
         sweep, "status", _status, "the state of every cell", "vlmscale sweep status DIR --watch"
     )
-    status.add_argument("out", type=_where, metavar="DIR")
+    status.add_argument("out", type=where, metavar="DIR")
     status.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else on stdout"
     )
@@ -35,7 +35,7 @@ def add_sweep(commands: Any) -> None:
         ("cancel", _cancel, "cancel cells that wait, and ask who works on others to save and stop"),
     ):
         command = add_command(sweep, name, run, about, f"vlmscale sweep {name} DIR CELL")
-        command.add_argument("out", type=_where, metavar="DIR")
+        command.add_argument("out", type=where, metavar="DIR")
         command.add_argument("cells", nargs="*", metavar="CELL", help="cell ids (default: all)")
     collect = add_command(
         sweep,
@@ -44,7 +44,7 @@ def add_sweep(commands: Any) -> None:
         "the rows of finished cells of one or several sweeps, as one file",
         "vlmscale sweep collect runs/here copies/there --out all.jsonl",
     )
-    collect.add_argument("outs", type=_where, nargs="+", metavar="DIR")
+    collect.add_argument("outs", type=where, nargs="+", metavar="DIR")
     collect.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl")
     push = add_command(
         sweep,
@@ -65,7 +65,7 @@ def _add_work(sweep: Any) -> None:
         "train and evaluate one cohort of a sweep that was launched: what runs inside a job",
         "vlmscale sweep work DIR --cohort ID --distributed auto",
     )
-    work.add_argument("out", type=_where, metavar="DIR", help="a directory, or gs://BUCKET/PATH")
+    work.add_argument("out", type=where, metavar="DIR", help="a directory, or gs://BUCKET/PATH")
     work.add_argument("--cohort", required=True, metavar="ID", help="of sweep.json; of one cell its own id")
     work.add_argument(
         "--scratch",
@@ -75,13 +75,6 @@ def _add_work(sweep: Any) -> None:
         "(default: a temporary directory)",
     )
     add_distributed(work)
-
-
-def _where(word: str) -> Path | str:
-    """A directory, or an address, whose slashes a path would change."""
-    from vlmscale.bucket import is_bucket
-
-    return word if is_bucket(word) else Path(word)
 
 
 def _push(arguments: argparse.Namespace, overrides: list[str]) -> int:

@@ -133,7 +133,7 @@ def test_no_kubectl_no_answer_no_manifests(
     paths: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    with pytest.raises(UserError, match=r"kubectl: not found; .*--manifests DIR here and elsewhere"):
+    with pytest.raises(UserError, match=r"kubectl: not found; .*--dry-run needs none"):
         apply(paths)
     with pytest.raises(UserError, match="no manifests to submit"):
         apply([])
