@@ -137,3 +137,23 @@ def test_what_has_to_come_before_a_step_comes_before_it(bucket: str) -> None:
     checkpoints.close()
     assert checkpoints.steps() == [1, 2]
     assert [f"1/{COMMITTED}" in names for names in seen] == [False, True, True]
+
+
+def test_a_copy_on_a_disk_is_whole(bucket: str, tmp_path: Path) -> None:
+    """As `gcloud storage cp -r` makes it: how a model that was trained on TPUs comes home."""
+    made, place = saved(bucket, 5), Bucket(bucket)
+    for name in place.entries():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(place.read(name))
+    told: Lines = []
+    checkpoints = Checkpoints(tmp_path, tell=told.append)
+    found = checkpoints.restore_latest(abstract_of(made[5], mesh_of((2, 2, 2))))
+    assert not told
+    assert found is not None
+    assert found[0] == 5
+    assert same(found[1], made[5])
+    checkpoints.close()
+    part = next(path for path in (tmp_path / "5" / "params").rglob("*") if path.is_file())
+    part.write_bytes(part.read_bytes() + b"x")
+    assert Checkpoints(tmp_path, read_only=True, tell=told.append).latest() is None
+    assert "is damaged" in told[0]
