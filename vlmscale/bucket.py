@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import logging
 import hashlib
 import os
 import re
@@ -267,6 +268,7 @@ def _file_system() -> Any:
     import fsspec
     from gcsfs.core import GCSFileSystem  # its core alone: more would ask each bucket of what kind it is
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs what it raises, with all of its source
     # Of Orbax's own as well: a listing that is kept would show it steps that are gone.
     fsspec.config.conf.setdefault("gs", {})["use_listings_cache"] = False
     return GCSFileSystem(use_listings_cache=False)
