@@ -13,8 +13,8 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
-import logging
 import hashlib
+import logging
 import os
 import re
 import threading
