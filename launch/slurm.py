@@ -224,7 +224,8 @@ def plan(
       cells: ids of the whole sweep, in its order.
       out: its directory.
       site: of the cluster.
-      tell: called with a line about each cohort that is left out: its stage 1 is neither done nor queued.
+      tell: called with a line about each cohort that is left out: cancelled, or behind a stage 1 that is
+        neither trained nor queued.
       run: runs a program of Slurm; None where there is none to ask, as for a look at what would be.
 
     Raises:
@@ -235,7 +236,10 @@ def plan(
     left, after, why = {}, {}, ""
     stages = _Stages(alive)
     for place, cohort in by_place.items():
-        if place in known or cohort.finished or cohort.held_back:
+        if place in known or cohort.finished:
+            continue
+        if cohort.held_back:
+            tell(f"{cohort.label} ({cohort.id}) is left out: {cohort.held_back}; vlmscale sweep retry {out}")
             continue
         try:
             after[place] = stages.before(cohort)

@@ -162,6 +162,16 @@ def test_a_second_stage_waits_for_the_tasks_of_its_own_cells(tmp_path: Path) -> 
         plan(own[1:2], [own[1].id], second, Site(), print, slurm)
 
 
+def test_what_was_cancelled_is_left_out_and_told(tmp_path: Path) -> None:
+    out, slurm, told = tmp_path / "out", Slurm(), []
+    made = cohorts(out, 2)
+    Status(made[0].path).update(state="cancelled")
+    done = submit(made, out, "six", Site(), None, told.append, slurm)
+    assert done.jobs == {"101": [made[1].id]}
+    assert len(told) == 1
+    assert f"({made[0].id}) is left out: {made[0].id} is cancelled; vlmscale sweep retry" in told[0]
+
+
 def test_of_many_waiting_tasks_ten_are_in_an_array(tmp_path: Path) -> None:
     made = dict(enumerate(cohorts(tmp_path / "out", 12)))
     planned = arrays(made, Site(), 1001, {place: [("7", place)] for place in made})
