@@ -402,7 +402,7 @@ NO_RUN = "is no run that was trained to its end (no done.json)"
         (PRETRAIN, "16,mlp", ["llm.checkpoint=CHANGED"], f"norm_eps is 0.01, but llm.name={QWEN} has 0.001"),
         (PRETRAIN, "16,mlp", [f"llm.checkpoint=HERE/{LLAMA}"], f"has qwen2; it fits llm.name={LLAMA}"),
         (FINETUNE, "16,mlp", ["train.init_from=UNFINISHED"], NO_RUN),
-        (FINETUNE, "16,mlp", [], f"train.init_from=runs/pretrain-{QWEN}-16-mlp: is no run (no spec"),
+        (FINETUNE, "16,mlp", [], f"train.init_from=runs/pretrain-{QWEN}-16-mlp: {NO_RUN}"),
         (FINETUNE, "16,pool", ["train.init_from=FIRST"], "has compressor.name=mlp, this config pool"),
         (FINETUNE, "16,mlp", ["train.init_from=FIRST", "llm.checkpoint="], "began with llm.checkpoint="),
         (FINETUNE, "16,mlp", ["train.init_from=TOWER", "data.features=stored"], "trained its tower; set"),
