@@ -166,29 +166,17 @@ class Claim:
           lost: called once in that thread when another has it.
           look: called in that thread every two seconds.
         """
-        over = threading.Event()
+        due, every = time.monotonic(), life_s / _RENEWALS
 
         def keep() -> None:
-            due, every = time.monotonic(), life_s / _RENEWALS
-            while not over.wait(min(_LOOK_S, every)):
-                try:
-                    look()
-                    if time.monotonic() >= due:
-                        self.renew()
-                        due = time.monotonic() + every
-                except LostError:
-                    lost()
-                    return
-                except OSError:
-                    continue  # a disk that is away for a moment; if for long, others take over
+            nonlocal due
+            look()
+            if time.monotonic() >= due:
+                self.renew()
+                due = time.monotonic() + every
 
-        thread = threading.Thread(target=keep, name="claim", daemon=True)
-        thread.start()
-        try:
+        with repeated("claim", min(_LOOK_S, every), keep, lost):
             yield
-        finally:
-            over.set()
-            thread.join()
 
     def _next(self, entry: dict[str, Any]) -> None:
         with self._lock:
@@ -198,6 +186,39 @@ class Claim:
 
     def _lost(self) -> str:
         return f"claim {self.number} expired, and {describe(self.store.read(self.store.last()))} took it over"
+
+
+@contextmanager
+def repeated(
+    name: str, every_s: float, action: Callable[[], None], lost: Callable[[], None]
+) -> Iterator[None]:
+    """Do something again and again in a thread while the block runs.
+
+    Args:
+      name: of the thread.
+      every_s: seconds before each time.
+      action: what is done; also after an OSError, as of a disk or a bucket that is away for a moment.
+      lost: called once in that thread, which then ends, when the action raises LostError.
+    """
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(every_s):
+            try:
+                action()
+            except LostError:
+                lost()
+                return
+            except OSError:
+                continue
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def take(store: ClaimStore, life_s: float = LIFE_S) -> Claim | None:

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from launch.bucket_claims import BucketClaims
-from launch.claims import Claim, ClaimStore, LostError
+from launch.claims import Claim, ClaimStore, repeated
 from launch.directory import SweepDirectory, read_sweep
 from launch.outcome import CANCEL, CLAIMS
 from launch.place import Place
@@ -167,24 +167,9 @@ class Mirror(Place):
     @contextmanager
     def kept(self, places: Sequence[Path], claim: Claim) -> Iterator[None]:
         """As `Place`, every half minute."""
-        over = threading.Event()
-
-        def keep() -> None:
-            while not over.wait(SEND_S):
-                try:
-                    self.send(places, claim)
-                except LostError:
-                    return  # the thread that keeps the claim finds it as well, and says so
-                except OSError:
-                    continue  # a bucket that is away for a moment; what matters is sent again and waited for
-
-        thread = threading.Thread(target=keep, name="mirror", daemon=True)
-        thread.start()
-        try:
+        # Of a claim that is lost the thread that keeps it tells.
+        with repeated("mirror", SEND_S, lambda: self.send(places, claim), lambda: None):
             yield
-        finally:
-            over.set()
-            thread.join()
 
     def look(self, runs: Sequence[Path], *, now: bool = False) -> None:
         """As `Place`, every ten seconds."""

@@ -105,15 +105,10 @@ def machine_of(part: Slice) -> Machine:
     return Machine(accelerator, f"{kind}-{chips}t", chips, part.hosts, "" if name in _NOT_IN_XPK else name)
 
 
-def xpk_command(
-    name: str,
-    command: Sequence[str],
-    pods: Pods,
-    project: str = "PROJECT",
-    zone: str = "ZONE",
-    cluster: str = "CLUSTER",
-) -> str:
+def xpk_command(name: str, command: Sequence[str], pods: Pods) -> str:
     """The `xpk workload create` that comes closest to a rendered job; for xpk 1.16.0.
+
+    PROJECT, ZONE and CLUSTER are left to be filled in.
 
     xpk ends a job on exit codes that are not named, and counts every restart, those after preemption too.
 
@@ -121,9 +116,6 @@ def xpk_command(
       name: of the job.
       command: what its containers run.
       pods: where.
-      project: of Google Cloud.
-      zone: of the cluster.
-      cluster: its name.
 
     Raises:
       UserError: xpk knows no such slice.
@@ -133,7 +125,7 @@ def xpk_command(
         raise UserError(f"--topology {pods.slice.name}: xpk has no such slice; its smallest of v5e is v5e-8")
     words = [
         *("xpk", "workload", "create"),
-        *(f"--project={project}", f"--zone={zone}", f"--cluster={cluster}"),
+        *("--project=PROJECT", "--zone=ZONE", "--cluster=CLUSTER"),
         *(f"--workload={name}", f"--tpu-type={machine.xpk}", f"--num-slices={pods.slices}"),
         *(f"--docker-image={pods.image}", f"--max-restarts={pods.max_restarts}"),
         "--restart-on-exit-codes=1",  # Python's; 42 and those of signals restart by default

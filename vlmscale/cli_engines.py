@@ -163,13 +163,16 @@ def show_tpus(
 ) -> None:
     """Print the same jobs as commands of xpk; write the manifests where a folder is named."""
     from launch.pods import check_cells, jobs
-    from launch.tpu import xpk_command
+    from launch.tpu import machine_of, xpk_command
 
     pods = _pods(arguments)
     check_cells(cells, arguments.bucket, pods)
     made = jobs(cohorts, name, arguments.bucket, pods)
-    for job, command in made.commands.items():
-        print(xpk_command(job, command, pods))
+    if not machine_of(pods.slice).xpk:
+        print(f"xpk has no {pods.slice.name}: the same by xpk cannot be said")
+    else:
+        for job, command in made.commands.items():
+            print(xpk_command(job, command, pods))
     what = counted(len(cohorts), "manifest")
     if arguments.manifests is None:
         print(f"{what}; --manifests DIR writes them")

@@ -133,6 +133,13 @@ def test_a_bucket_that_does_not_answer_is_told_before_the_data_is_prepared(
     assert line == f"vlmscale sweep: {bucket}: Forbidden"
 
 
+def test_a_slice_that_xpk_has_not_is_shown_without_it(tmp_path: Path, capsys: Any) -> None:
+    assert run(tmp_path, *TPU, "--topology", "v5e-4", "--dry-run") == 0
+    told = capsys.readouterr().out
+    assert "xpk has no v5e-4" in told
+    assert "--manifests DIR writes them" in told
+
+
 def test_a_dry_run_without_a_folder_writes_nothing(tmp_path: Path, capsys: Any) -> None:
     assert run(tmp_path, *TPU, "--dry-run") == 0
     assert "--manifests DIR writes them" in capsys.readouterr().out

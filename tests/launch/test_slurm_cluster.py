@@ -13,6 +13,7 @@ import pytest
 
 from launch.claims import FileClaims, holder
 from launch.outcome import CLAIMS, tries_left
+from tests.absent import refuse
 from tests.integration.tiny import DATA, lines, read, saved_steps, wait_for
 from tests.launch.cluster import Cluster, cluster, missing
 from vlmscale.cli import main
@@ -48,7 +49,7 @@ WIDE = 5  # the place of the cell on two nodes
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """Two nodes that run two tasks each."""
     if why := missing():
-        (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(why)
+        refuse(why)
     with cluster(tmp_path / "slurm", cpus=2) as made:
         monkeypatch.setenv("SLURM_CONF", made.env["SLURM_CONF"])
         yield made
@@ -93,6 +94,7 @@ def disturb(slurm: Cluster, out: Path, job: str) -> dict[str, int]:
     return {"preempted": preempted, "late": late, "killed": killed}
 
 
+@pytest.mark.timeout(2400)  # 24 trainings, and what Slurm waits before it runs a job again
 def test_two_stages_run_to_the_end_whatever_happens(
     slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -159,7 +161,7 @@ def test_a_cancelled_job_ends_and_what_the_cluster_refuses_is_one_line(
         ('gres = "gpu"', "Invalid generic resource"),
     ):
         site.write_text(wanted)
-        assert sweep(tmp_path, "out", "--config.train.steps=20", on=on) == 2
+        assert sweep(tmp_path, "out", f"--config.train.steps={STEPS}", on=on) == 2
         said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vlmscale sweep")]
         assert len(said) == 1, said
         assert told in said[0]

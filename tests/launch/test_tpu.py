@@ -289,11 +289,11 @@ def test_the_xpk_command_says_the_same() -> None:
     pods = pods_of(
         slice=find_slice("v5e-256"), slices=2, spot=True, cache="gs://b/c", environment={"A": "x y"}
     )
-    line = xpk_command("grid-c", work("c"), pods, cluster="mine")
+    line = xpk_command("grid-c", work("c"), pods)
     words = shlex.split(line)
     assert words[:3] == ["xpk", "workload", "create"]
     assert {
-        "--cluster=mine",
+        "--cluster=CLUSTER",
         "--project=PROJECT",
         "--workload=grid-c",
         "--tpu-type=v5litepod-256",
