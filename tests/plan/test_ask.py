@@ -47,7 +47,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Programs that the stand-in for the compiler was asked about; it says a tenth more than arithmetic."""
     found: list[str] = []
 
-    def answer(request: Request, cache: Path) -> Compiled:
+    def answer(request: Request, cache: Path, effort: str) -> Compiled:
         found.append(request.key())
         told = predict(request)
         return replace(told, needed=round(told.needed * 1.1), by="compiler", seconds=1.0)
