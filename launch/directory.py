@@ -12,6 +12,8 @@ from launch.place import SHARED, Place
 from vlmscale.errors import UserError
 from vlmscale.records import read_json
 
+_FEW = 5  # ids that a message can name
+
 
 @dataclass(frozen=True)
 class Crew:
@@ -77,7 +79,9 @@ class SweepDirectory:
         """
         known = {crew.id: crew for crew in self.crews()}
         if name not in known:
-            raise UserError(f"{self.out}: has no cohort {name}{_nearest(name, list(known))}")
+            # Of cohorts of several cells sweep.json has no ids.
+            where = "vlmscale sweep run --dry-run"
+            raise UserError(f"{self.out}: has no cohort {name}{_nearest(name, list(known), where)}")
         return known[name]
 
     def crew_of(self, cell: str) -> Crew:
@@ -94,7 +98,9 @@ class SweepDirectory:
         """
         for name in cells:
             if name not in self.cells:
-                raise UserError(f"{self.out}: has no cell {name}{_nearest(name, self.cells)}")
+                raise UserError(
+                    f"{self.out}: has no cell {name}{_nearest(name, self.cells, 'vlmscale sweep status')}"
+                )
         return [name for name in self.cells if not cells or name in cells]
 
 
@@ -108,7 +114,8 @@ def read_sweep(out: Path, place: Place = SHARED) -> SweepDirectory:
     Raises:
       UserError: it is none, or sweep.json is damaged.
     """
-    known = read_json(out / "sweep.json")
+    absent = f"{out}: is no sweep directory; `vlmscale sweep run SWEEP --out DIR` makes one"
+    known = read_json(out / "sweep.json", absent)
     try:
         return SweepDirectory(out, str(known["name"]), list(known["cells"]), list(known["cohorts"]), place)
     except (KeyError, TypeError) as error:
@@ -125,6 +132,8 @@ def cohort_folder(out: Path, cells: Sequence[str]) -> Path:
     return out / ("cells" if len(cells) == 1 else "cohorts") / cohort_id(cells)
 
 
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"; the nearest is {near[0]}" if near else "; vlmscale sweep status shows what it has"
+def _nearest(name: str, known: list[str], where: str) -> str:
+    """What there is instead: the nearest, or all if they are few, or else where they are to be seen."""
+    if near := difflib.get_close_matches(name, known, 1):
+        return f"; the nearest is {near[0]}"
+    return f"; it has {', '.join(known)}" if len(known) <= _FEW else f"; {where} shows all {len(known)}"

@@ -295,7 +295,20 @@ def reached(
         # The bucket's name stands in what is said of a file.
         mirror = Mirror(str(where), folder / str(where).removeprefix(SCHEME).strip("/"))
         mirror.fetch_files(files, tails, last)
-        yield read_sweep(mirror.root, mirror)
+        with _addressed(mirror):
+            yield read_sweep(mirror.root, mirror)
+
+
+@contextmanager
+def _addressed(mirror: Mirror) -> Iterator[None]:
+    """Let messages name the address that the user gave, not its copy, which may be gone by then."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error).replace(str(mirror.root), mirror.bucket.address)
+        if text == str(error):
+            raise
+        raise UserError(text) from error
 
 
 @contextmanager

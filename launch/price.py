@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from launch.state import CellDirectory
+from vlmscale.config import Cell
 from vlmscale.errors import UserError
-from vlmscale.plan.fit import find_fit, lengths_of
+from vlmscale.loading import override
+from vlmscale.plan.fit import ANSWERS, find_fit, lengths_of
 from vlmscale.plan.memory import predict
 from vlmscale.plan.roofline import Efficiencies
 from vlmscale.plan.slices import Slice, joined
@@ -84,6 +86,12 @@ def predicted(
     return [_predicted(cell, place, text_tokens, shares) for cell in cells]
 
 
+def as_predicted(cell: Cell, found: Predicted) -> Cell:
+    """The cell with what its prediction had to change for the slice: mesh, attention, recomputation."""
+    words = [f"--config.{change}" for change in found.changes if not change.startswith(ANSWERS)]
+    return override(cell, words, ("mesh", "train"))
+
+
 def together(found: Sequence[Predicted]) -> Cost:
     """What the cells of a cohort take that can run, their tower once a batch.
 
@@ -112,7 +120,7 @@ def check_limit(found: Sequence[Predicted], limit: float | None) -> None:
             raise UserError(f"{what}: cannot run there: {one.reason}; nothing was submitted")
         if limit is not None and one.chip_hours > limit:
             raise UserError(
-                f"{what}: predicted to take {one.chip_hours:.1f} chip-hours, more than --max-chip-hours "
+                f"{what}: predicted to take {one.chip_hours:.3g} chip-hours, more than --max-chip-hours "
                 f"{limit:g}; nothing was submitted"
             )
 

@@ -69,7 +69,7 @@ def gather(outs: Sequence[Path]) -> Collected:
             found.done.add(name)
             path = run / "result.jsonl"
             for row in _read(path):
-                key = (row["cell_id"], row["task"], row["visual_tokens"])
+                key = (row["cell_id"], row["task"], row["visual_tokens"], row.get("reducer"))
                 first, there = known.setdefault(key, (path, row))
                 if there is row:
                     found.rows.append(row)

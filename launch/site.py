@@ -17,6 +17,7 @@ from vlmscale.errors import UserError
 
 _NAMED = ("account", "partition", "qos", "constraint", "time")
 _MEMORY = re.compile(r"(\d+)([KMGT]?)", re.I)
+_KILOBYTES = {"K": 1, "": 2**10, "M": 2**10, "G": 2**20, "T": 2**30}  # as sbatch reads them
 _TIME = re.compile(r"(?:(?P<d>\d+)-)?(?P<a>\d+)(?::(?P<b>\d+))?(?::(?P<c>\d+))?")
 _MARGIN_S = 60  # in which a cell starts and does something
 
@@ -98,10 +99,14 @@ class Site:
 
     def share(self, devices: int) -> tuple[int, str]:
         """Cores and memory that go with so many of a node's devices; 0 and "" are the cluster's own."""
-        cores, part = self.cpus_per_node, devices / self.devices_per_node
-        number = _MEMORY.fullmatch(self.mem)
-        mem = f"{max(1, int(int(number[1]) * part))}{number[2]}" if number and int(number[1]) else self.mem
-        return max(1, int(cores * part)) if cores else 0, mem
+        each, mem = self.devices_per_node, self.mem
+        number = _MEMORY.fullmatch(mem)
+        if devices < each and number and int(number[1]):  # 0 is all that the node has
+            # In megabytes: of the site's own unit a share need not be whole.
+            whole = int(number[1]) * _KILOBYTES[number[2].upper()]
+            mem = f"{max(1, whole * devices // (each * 2**10))}M"
+        cores = self.cpus_per_node
+        return max(1, cores * devices // each) if cores else 0, mem
 
 
 def read_site(path: Path | None) -> Site:
@@ -137,10 +142,13 @@ def read_site(path: Path | None) -> Site:
 
 
 def _seconds(time: str) -> int | None:
-    """A time as sbatch reads it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:...]."""
+    """A time as sbatch reads it: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:...].
+
+    None where there is no limit.
+    """
     found = _TIME.fullmatch(time)
-    if found is None:
-        return None  # sbatch says what it thinks of it
+    if found is None or not int(re.sub(r"\D", "", time)):  # 0 is no limit
+        return None  # of other words, UNLIMITED among them, sbatch says what it thinks
     days, a, b, c = (int(part or 0) for part in (found["d"], found["a"], found["b"], found["c"]))
     if found["d"] is not None:
         return ((days * 24 + a) * 60 + b) * 60 + c

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.directory import read_sweep
+from launch.outcome import CANCELLED
 from launch.sbatch import Runner, Task, queued, submit_all, task_limit
 from launch.site import Site
 from vlmscale.errors import UserError
@@ -238,7 +239,8 @@ def plan(
     for place, cohort in by_place.items():
         if place in known or cohort.finished:
             continue
-        if cohort.held_back:
+        # A launch gives failed cells their tries again.
+        if cohort.held_back.endswith(CANCELLED):
             tell(f"{cohort.label} ({cohort.id}) is left out: {cohort.held_back}; vlmscale sweep retry {out}")
             continue
         try:

@@ -39,7 +39,9 @@ class Pods:
       slices: that one job spans.
       queue: the LocalQueue of Kueue; the default is the one that xpk makes.
       spot: on machines that may be taken away.
-      max_restarts: after faults. Those after preemption are not counted.
+      max_restarts: after faults; those after preemption are not counted. So many are for faults that no
+        process could note, such as a lost host: one that was noted takes one of three tries of its cells
+        (`launch.outcome`), and without one left the job fails for good.
       grace: seconds between SIGTERM and SIGKILL, in which a checkpoint is written.
       cache: object-store folder of compiled programs, which a restarted job finds there; "" for none.
       account: Kubernetes service account, to which workload identity gives rights to the bucket; "" for the

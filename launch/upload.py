@@ -70,7 +70,8 @@ def upload(local: Path, remote: str, tell: Callable[[str], None] = lambda line: 
 def adopt_cohorts(local: Path, remote: str) -> None:
     """Let a sweep's directory have the cohorts of the same sweep in a bucket, where jobs have them fixed.
 
-    So it is where the directory was made anew, or a retry there has parted a cohort.
+    So it is where the directory was made anew, or a retry there has parted a cohort. Others that it has
+    are left as they are, for `upload` to refuse: a retry here may have parted one.
 
     Args:
       local: the directory, whose cells are known.
@@ -82,9 +83,12 @@ def adopt_cohorts(local: Path, remote: str) -> None:
     bucket = Bucket(remote)
     if bucket.look("sweep.json") is None:
         return
-    known, own = json.loads(bucket.read("sweep.json")), read_json(local / "sweep.json")
-    _check(read_sweep(local), known | {"cohorts": own["cohorts"]}, bucket.address)
-    if known["cohorts"] != own["cohorts"]:
+    sweep, known = read_sweep(local), json.loads(bucket.read("sweep.json"))
+    own = read_json(local / "sweep.json")
+    _check(sweep, known | {"cohorts": sweep.cohorts}, bucket.address)
+    whole = [set(ids) for ids in sweep.cohorts]
+    parted = all(any(some.issuperset(ids) for some in whole) for ids in known["cohorts"])
+    if known["cohorts"] != sweep.cohorts and (parted or not whole):
         write_json(local / "sweep.json", own | {"cohorts": known["cohorts"]})
 
 

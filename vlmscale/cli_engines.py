@@ -57,13 +57,18 @@ def check_options(arguments: argparse.Namespace) -> None:
     Raises:
       UserError: with the option.
     """
+    from launch.jobset import check_pods
+    from launch.site import read_site
+
     for engine, names in OPTIONS.items():
         for name in names:
             if getattr(arguments, name) is not None and arguments.on != engine:
                 option = "no-privileged" if name == "privileged" else name.replace("_", "-")
                 raise UserError(f"--{option} is for --on {engine}; here it is --on {arguments.on}")
     if arguments.on == "tpu":
-        _pods(arguments)
+        check_pods(_pods(arguments))
+    if arguments.on == "slurm":
+        read_site(arguments.site)
     if arguments.on != "local" and arguments.workers and arguments.memory is None:
         raise UserError("--workers plans cohorts: give --memory GIB as well, that of all devices of a job")
 
@@ -111,6 +116,9 @@ def show_slurm(
     planned, waiting = plan(cohorts, [cell.id for cell in cells], out, site, tell, run)
     if waiting:
         print(f"in the queue already: {counted(len(waiting), 'cohort')}")
+    if not planned:
+        print("nothing new to submit")
+        return
     for array in planned:
         words = ["sbatch", *array.words(arguments.workers), "<<'EOF'"]
         print(" ".join(words), *script(out, name, array, site), "EOF", sep="\n")
@@ -168,11 +176,15 @@ def show_tpus(
     pods = _pods(arguments)
     check_cells(cells, arguments.bucket, pods)
     made = jobs(cohorts, name, arguments.bucket, pods)
-    if not machine_of(pods.slice).xpk:
+    machine = machine_of(pods.slice)
+    nodes = f"{counted(machine.hosts, 'node')} of {machine.kind}, --tpu-topology={pods.slice.topology}"
+    print(f"each slice is a node pool of {nodes}")
+    if not machine.xpk:
         print(f"xpk has no {pods.slice.name}: the same by xpk cannot be said")
     else:
         for job, command in made.commands.items():
             print(xpk_command(job, command, pods))
+    print(f"what is done, failed or cancelled in {arguments.bucket} is left out at the launch")
     what = counted(len(cohorts), "manifest")
     if arguments.manifests is None:
         print(f"{what}; --manifests DIR writes them")

@@ -6,6 +6,7 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,7 @@ def add_demo(commands: Any) -> None:
         takes_config=True,
         topology=None,
         text_tokens=None,
+        calibration=None,
         max_chip_hours=None,
         **{name: None for names in OPTIONS.values() for name in names},
     )
@@ -107,6 +109,12 @@ def add_run(sweep: Any) -> None:
     run.add_argument(
         "--text-tokens", type=int, metavar="Q", help="for the prediction: as that of `vlmscale plan`"
     )
+    run.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help="for the prediction: efficiencies that `vlmscale bench step` measured",
+    )
     add_engines(run)
     run.set_defaults(takes_config=True)
 
@@ -126,7 +134,7 @@ def add_report(sweep: Any) -> None:
 def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     from launch.local import run_cohorts
     from launch.opening import open_cohorts, turn
-    from launch.price import check_limit
+    from launch.price import as_predicted, check_limit
     from launch.state import directories, open_sweep
     from vlmscale.bucket import is_bucket
     from vlmscale.content import check_trained
@@ -136,24 +144,30 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
 
     if arguments.workers is not None and arguments.workers < 1:
         raise UserError(f"--workers={arguments.workers}: must be above 0")
+    if arguments.memory is not None and not arguments.memory > 0:  # every cell would be alone, for good
+        raise UserError(f"--memory={arguments.memory:g}: must be above 0")
     check_options(arguments)
     if is_bucket(arguments.out):
         raise UserError(
             f"--out {arguments.out}: is a directory here; --on tpu --bucket names where jobs work"
         )
-    if arguments.topology is None and (arguments.max_chip_hours or arguments.text_tokens):
-        raise UserError("--max-chip-hours and --text-tokens are of a prediction: give --topology as well")
+    _check_prediction(arguments)
     sweep = load_sweep(arguments.sweep, overrides)
     check_files([cell.evaluate for cell in sweep.cells])
     if arguments.on != "slurm":  # there a stage may wait for the one before it
         for cell in sweep.cells:
             if cell.train.init_from:
                 check_trained("train.init_from", Path(cell.train.init_from))
-    if arguments.max_chip_hours is not None or arguments.on == "tpu":
+    found: list[Predicted] = []
+    wanted = arguments.dry_run or arguments.on == "tpu" or arguments.max_chip_hours is not None
+    if wanted and arguments.topology is not None:
         found = _predicted(directories(sweep, arguments.out), arguments)
+    if arguments.max_chip_hours is not None or arguments.on == "tpu":
         check_limit(found, arguments.max_chip_hours)
+    if arguments.on == "tpu":  # what runs is what was predicted; none of it changes a result, nor a cell's id
+        sweep = replace(sweep, cells=[as_predicted(*pair) for pair in zip(sweep.cells, found, strict=True)])
     if arguments.dry_run:
-        return _show_plan(sweep.name, directories(sweep, arguments.out), arguments)
+        return _show_plan(sweep.name, directories(sweep, arguments.out), found, arguments)
     make_directory(arguments.out)
     with turn(arguments.out, tell):
         cells = open_sweep(sweep, arguments.out)
@@ -174,6 +188,24 @@ def _run(arguments: argparse.Namespace, overrides: list[str]) -> int:
     return _finish(arguments.out, "results")
 
 
+def _check_prediction(arguments: argparse.Namespace) -> None:
+    """Refuse options of a prediction that cannot be read, or that go with none."""
+    from vlmscale.plan.roofline import read_calibration
+    from vlmscale.plan.slices import find_slice
+
+    if arguments.topology is None:
+        for name in ("max_chip_hours", "text_tokens", "calibration"):
+            if getattr(arguments, name) is not None:
+                word = name.replace("_", "-")
+                raise UserError(f"--{word} is of a prediction: give --topology as well")
+        return
+    find_slice(arguments.topology)
+    if arguments.calibration is not None:
+        read_calibration(arguments.calibration)
+    if arguments.text_tokens is not None and arguments.text_tokens < 1:
+        raise UserError(f"--text-tokens {arguments.text_tokens}: must be above 0")
+
+
 def _room(arguments: argparse.Namespace, cells: Sequence[CellDirectory]) -> tuple[int, float | None]:
     """Cohorts that run at a time, and bytes that each may take; None for a share of this machine's."""
     from launch.devices import needed, units
@@ -189,30 +221,33 @@ def _room(arguments: argparse.Namespace, cells: Sequence[CellDirectory]) -> tupl
 def _predicted(cells: Sequence[CellDirectory], arguments: argparse.Namespace) -> list[Predicted]:
     """What the cells will take on the slice that was named."""
     from launch.price import predicted
+    from vlmscale.plan.roofline import read_calibration
     from vlmscale.plan.slices import find_slice
 
     place, slices = find_slice(arguments.topology), arguments.slices or 1
-    return predicted(cells, place, slices, text_tokens=arguments.text_tokens)
+    measured = read_calibration(arguments.calibration) if arguments.calibration else None
+    return predicted(cells, place, slices, text_tokens=arguments.text_tokens, calibration=measured)
 
 
-def _show_cost(cohorts: Sequence[Cohort], arguments: argparse.Namespace) -> None:
-    """Print what each cohort will take, and all of them."""
+def _show_cost(cohorts: Sequence[Cohort], predictions: Sequence[Predicted], applied: bool) -> None:
+    """Print what each cohort will take, and all of them; `applied`: a launch makes the changes itself."""
     from launch.price import Cost, together
 
-    costs = []
+    costs, by_id = [], {one.id: one for one in predictions}
     for cohort in cohorts:
-        found = _predicted(cohort.cells, arguments)
+        found = [by_id[cell.id] for cell in cohort.cells]
         for one in found:
             if one.reason:
                 print(f"  {cohort.id}  {one.label} cannot run there: {one.reason}")
         costs.append(together(found))
         changes = sorted({word for one in found for word in one.changes})
         said = f"  {cohort.id}  {costs[-1].hours:.3g} h, {costs[-1].chip_hours:.3g} chip-hours"
-        print(said + (f" with {' '.join(changes)}" if changes else ""))
+        how = "with" if applied else "if the config says"
+        print(said + (f" {how} {' '.join(changes)}" if changes else ""))
     whole = Cost(*map(sum, zip(*costs, strict=True))) if costs else Cost(0, 0)
+    took = f"{whole.hours:.3g} h one after another, {whole.chip_hours:.3g} chip-hours"
     print(
-        f"predicted for {arguments.topology}: {whole.hours:.3g} h one after another, {whole.chip_hours:.3g} "
-        "chip-hours; compilation, evaluation and restarts not counted"
+        f"predicted for {predictions[0].topology}: {took}; compilation, evaluation and restarts not counted"
     )
 
 
@@ -272,10 +307,13 @@ def _report(results: Path) -> None:
     print(f"report: {report}")
 
 
-def _show_plan(name: str, cells: list[CellDirectory], arguments: argparse.Namespace) -> int:
-    """Print what a launch would run."""
+def _show_plan(
+    name: str, cells: list[CellDirectory], found: Sequence[Predicted], arguments: argparse.Namespace
+) -> int:
+    """Print what a launch would run, and what that is predicted to take, where it is."""
     from launch.cohorts import make_cohort, sharing
     from launch.directory import read_sweep
+    from launch.outcome import CANCELLED
     from launch.state import check_sweep
     from vlmscale.records import Status
 
@@ -289,7 +327,9 @@ def _show_plan(name: str, cells: list[CellDirectory], arguments: argparse.Namesp
     workers, _ = _room(arguments, cells)
     if known:
         groups = [[by_id[cell] for cell in ids] for ids in known]
-        print(f"{counted(len(known), 'cohort')}, fixed at the first launch, {workers} at a time:")
+        # On TPUs the queue says how many run.
+        at_once = "" if arguments.on == "tpu" else f", {workers} at a time"
+        print(f"{counted(len(known), 'cohort')}, fixed at the first launch{at_once}:")
     elif arguments.on != "local" and not arguments.workers:
         groups = [[cell] for cell in cells]
         print("each cell a cohort of its own:")
@@ -304,11 +344,14 @@ def _show_plan(name: str, cells: list[CellDirectory], arguments: argparse.Namesp
         done = "  done" if cohort.finished else ""
         ids = ", ".join(cell.id for cell in cohort.cells)
         print(f"  {cohort.id}  {counted(len(cohort.cells), 'cell')}: {ids}{done}")
-    left = [cohort for cohort in cohorts if not cohort.finished]
-    if arguments.topology is not None:
-        _show_cost(left, arguments)
+    left = [cohort for cohort in cohorts if not cohort.finished and not cohort.held_back.endswith(CANCELLED)]
+    for cohort in cohorts:
+        if cohort.held_back.endswith(CANCELLED) and arguments.on != "slurm":  # which tells it itself
+            print(f"  {cohort.id}  is left out: {cohort.held_back}; vlmscale sweep retry {out}")
+    if found:
+        _show_cost(left, found, arguments.on == "tpu")
     if arguments.on == "slurm":
-        show_slurm(name, left, cells, arguments)
+        show_slurm(name, [cohort for cohort in cohorts if not cohort.finished], cells, arguments)
     elif arguments.on == "tpu":
         show_tpus(name, left, cells, arguments)
     else:

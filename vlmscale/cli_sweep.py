@@ -78,9 +78,12 @@ def _add_work(sweep: Any) -> None:
 
 
 def _push(arguments: argparse.Namespace, overrides: list[str]) -> int:
-    from launch.upload import upload
+    from launch.mirror import told
+    from launch.upload import adopt_cohorts, upload
 
-    sent = upload(arguments.out, arguments.address, tell)
+    with told():
+        adopt_cohorts(arguments.out, arguments.address)  # a retry there may have parted some
+        sent = upload(arguments.out, arguments.address, tell)
     print(f"{sent} files sent to {arguments.address}; the others are there already")
     return 0
 

@@ -36,6 +36,9 @@ def content_sha256(name: str, path: Path, directory: bool) -> str:
             )
         files = [config, *sorted(path.glob("*.safetensors"))]
         return hashlib.sha256("".join(map(_file_sha256, files)).encode()).hexdigest()
+    except FileNotFoundError as error:
+        hint = f"download it, or name another with --config.{name}"
+        raise UserError(f"{name}={path}: {error.strerror}; {hint}") from None
     except OSError as error:
         raise UserError(f"{name}={path}: {error.strerror or error}") from error
 

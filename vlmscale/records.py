@@ -101,16 +101,20 @@ def _write(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)  # still there only when the disk was full
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file that a run wrote.
+def read_json(path: Path, absent: str = "") -> Any:
+    """Read a JSON file that we wrote.
+
+    Args:
+      path: of the file.
+      absent: the message where there is none; "" for that of a file of a run.
 
     Raises:
       UserError: absent or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: not found; is this a run directory?") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(absent or f"{path}: not found; is this a run directory?") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: unreadable ({error})") from error
 

@@ -9,7 +9,9 @@ import pytest
 from launch.cohorts import Cohort, fix_cohorts, make_cohort, plan_cohorts
 from launch.state import CellDirectory, open_sweep
 from tests.integration.tiny import DATA, SCENES, read, steps
+from vlmscale.cli import main
 from vlmscale.config import Cell, Sweep, cell_id
+from vlmscale.errors import EXIT_USER
 from vlmscale.loading import load_cell
 from vlmscale.records import Status
 from vlmscale.train.prepared import Prepared, prepare
@@ -127,6 +129,18 @@ def test_membership_is_fixed_at_the_first_launch(data: Prepared, tmp_path: Path)
     again = fix_cohorts(open_sweep(Sweep("s", cells), tmp_path), tmp_path, data, workers=3, memory=1.0)
     assert [cohort.id for cohort in again] == [cohort.id for cohort in first]
     assert read(tmp_path / "sweep.json")["cohorts"] == [[cell.id for cell in made]]
+
+
+@pytest.mark.parametrize("memory", ["0", "-3", "nan"])
+def test_no_memory_at_all_is_refused_before_anything_is_prepared(
+    memory: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vlmscale.train.prepared.prepare", lambda *_: pytest.fail("it is prepared"))
+    words = ["sweep", "run", "configs/sweeps/demo.py", "--out", str(tmp_path), f"--memory={memory}"]
+    for more in ([], ["--dry-run"]):
+        assert main([*words, *more]) == EXIT_USER
+        assert capsys.readouterr().err == f"vlmscale sweep: --memory={memory}: must be above 0\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_cohort_of_one_is_an_ordinary_run(tmp_path: Path) -> None:

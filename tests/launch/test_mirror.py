@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from launch.claims import Claim, LostError, committed, holder, take
-from launch.directory import Crew
+from launch.directory import Crew, read_sweep
 from launch.mirror import Mirror, reached
 from launch.outcome import CANCEL
 from launch.upload import upload
 from launch.work import work
-from tests.integration.tiny import lines
+from tests.integration.tiny import lines, read
 from tests.launch.test_sweep_commands import make_sweep, put_rows, status
 from vlmscale.bucket import Bucket, at_once
 from vlmscale.cli import main
@@ -80,6 +80,35 @@ def test_a_sweep_is_given_to_a_bucket_and_again_only_what_has_changed(
     prepared(other, ["pending"])
     with pytest.raises(UserError, match="holds sweep fake with other cells"):
         upload(other, bucket)
+
+
+def test_a_sweep_is_pushed_again_after_a_retry_in_the_bucket_parted_a_cohort(
+    bucket: str, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    names = prepared(out, ["done", "failed"], together=2)
+    Status(out / "cells" / names[1]).update(failed_at=5)
+    push = ["sweep", "push", str(out), bucket]
+    assert main(push) == 0
+    Bucket(bucket).write(
+        f"cells/{names[1]}/status.json", (out / "cells" / names[1] / "status.json").read_bytes()
+    )
+    assert main(["sweep", "retry", bucket, names[1]]) == 0
+    capsys.readouterr()
+    assert main(push) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.startswith("0 files sent")
+    assert read_sweep(out).cohorts == [[names[0]], [names[1]]]
+    assert states(bucket) == ["done", "pending"]
+    write_json(out / "sweep.json", read(out / "sweep.json") | {"cohorts": []})  # as one that is made anew
+    assert main(push) == 0
+    assert read_sweep(out).cohorts == [[names[0]], [names[1]]]
+    Bucket(bucket).write("sweep.json", json.dumps(read(out / "sweep.json") | {"cohorts": [names]}).encode())
+    assert main(push) == EXIT_USER, "what was parted here is not joined"
+    assert "with other cohorts" in capsys.readouterr().err
+    other = tmp_path / "other" / "out"
+    prepared(other, ["pending"])
+    assert main(["sweep", "push", str(other), bucket]) == EXIT_USER
+    assert "holds sweep fake with other cells" in capsys.readouterr().err
 
 
 def test_what_a_commit_stands_for_is_in_the_bucket_before_it(
@@ -275,6 +304,26 @@ def test_a_fault_in_a_bucket_s_cell_takes_a_try(bucket: str, tmp_path: Path) -> 
     assert Status(its.folder).read()["tries_left"] == 2
     assert take(elsewhere.claims(its.folder)) is not None, "it was released"
     assert work(its.folder, its.runs, run, place=elsewhere) == EXIT_AGAIN
+
+
+def test_messages_name_the_address_that_was_given(bucket: str, tmp_path: Path, capsys: Any) -> None:
+    out, rows = tmp_path / "out", ["--out", str(tmp_path / "all.jsonl")]
+    [name, _] = prepared(out, ["done", "pending"])
+    upload(out, bucket)
+    Bucket(bucket).write(f"cells/{name}/result.jsonl", b"{\n")
+    scratch = ["--scratch", str(tmp_path / "scratch")]
+    for words, told in (
+        (["cancel", bucket, "nope"], f"{bucket}: has no cell nope"),
+        (["work", bucket, "--cohort", "nope"], f"{bucket}: has no cohort nope"),
+        (["work", bucket, "--cohort", "nope", *scratch], f"{bucket}: has no cohort nope"),
+        (["collect", bucket, *rows], f"{bucket}/cells/{name}/result.jsonl, line 1: no JSON object"),
+        (["collect", bucket, str(out), *rows], f"{bucket}/cells/{name}/result.jsonl, line 1"),
+    ):
+        assert main(["sweep", *words]) == EXIT_USER
+        assert capsys.readouterr().err.startswith(f"vlmscale sweep: {told}")
+    Bucket(bucket).write("sweep.json", b"{}")
+    assert main(["sweep", "status", bucket]) == EXIT_USER
+    assert capsys.readouterr().err.startswith(f"vlmscale sweep: {bucket}/sweep.json: has no")
 
 
 def test_rows_are_collected_from_buckets_and_directories(bucket: str, tmp_path: Path, capsys: Any) -> None:

@@ -137,6 +137,7 @@ def test_a_slice_that_xpk_has_not_is_shown_without_it(tmp_path: Path, capsys: An
     assert run(tmp_path, *TPU, "--topology", "v5e-4", "--dry-run") == 0
     told = capsys.readouterr().out
     assert "xpk has no v5e-4" in told
+    assert "each slice is a node pool of 1 node of ct5lp-hightpu-4t, --tpu-topology=2x2" in told
     assert "--manifests DIR writes them" in told
 
 

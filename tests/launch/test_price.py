@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.price import Predicted, check_limit, predicted, together
+from launch.price import Predicted, as_predicted, check_limit, predicted, together
 from launch.state import CellDirectory, directories
-from vlmscale.config import Cell
+from vlmscale.config import Cell, leaves
 from vlmscale.errors import UserError
 from vlmscale.loading import load_cell, load_sweep
 from vlmscale.plan.ask import Answers
@@ -114,11 +114,23 @@ def test_the_first_cell_above_the_limit_is_named() -> None:
     with pytest.raises(UserError) as caught:
         check_limit(found, 20.5)
     assert str(caught.value) == (
-        "cell b (label of b) on v5e-16: predicted to take 48.0 chip-hours, more than --max-chip-hours 20.5; "
+        "cell b (label of b) on v5e-16: predicted to take 48 chip-hours, more than --max-chip-hours 20.5; "
         "nothing was submitted"
     )
+    with pytest.raises(UserError, match=r"predicted to take 0.000123 chip-hours, more than .* 1e-06;"):
+        check_limit([priced("c", 1.234e-4 / 16)], 1e-6)
     with pytest.raises(UserError, match=r"cell d .*: cannot run there: no mesh; nothing was submitted"):
         check_limit([priced("d", None)], 1000)
     for limit in (0, -1, float("nan"), float("inf")):
         with pytest.raises(UserError, match=r"--max-chip-hours .*: must be a number above 0"):
             check_limit(found, limit)
+
+
+def test_a_cell_runs_as_it_was_predicted(tune: Cell) -> None:
+    [found] = predicted(named([tune]), find_slice("v5e-16"))
+    assert "train.attention=splash" in found.changes
+    more = (*found.changes, "mesh.tensor=2", "evaluate: mesh.fsdp=1")
+    made = as_predicted(tune, replace(found, changes=more))
+    assert (made.train.attention, made.mesh.tensor, made.mesh.fsdp) == ("splash", 2, tune.mesh.fsdp)
+    for (name, value, kind), (_, other, _) in zip(leaves(tune), leaves(made), strict=True):
+        assert value == other or not kind["changes_result"], f"{name} changes the cell's id"

@@ -379,11 +379,20 @@ def test_a_site_file_reaches_the_script(tmp_path: Path) -> None:
 
 def test_a_part_of_a_node_is_asked_for_with_its_share() -> None:
     site = Site(devices_per_node=8, cpus_per_node=64, mem="800G", gres="gpu")
-    assert site.share(2) == (16, "200G")
-    assert Site(mem="0").share(1) == (0, "0")
+    assert site.share(2) == (16, "204800M")
+    assert site.share(8) == (64, "800G")
+    assert Site(mem="0", devices_per_node=8).share(1) == (0, "0")
     found = script(Path("out"), "six", Array((1, 2), 0, (0,)), site)
-    for line in ("#SBATCH --gres=gpu:2", "#SBATCH --cpus-per-task=16", "#SBATCH --mem=200G"):
+    for line in ("#SBATCH --gres=gpu:2", "#SBATCH --cpus-per-task=16", "#SBATCH --mem=204800M"):
         assert line in found
+
+
+@pytest.mark.parametrize(
+    "mem, share",
+    [("2T", "262144M"), ("4G", "512M"), ("4g", "512M"), ("4000", "500M"), ("20M", "2M"), ("9000K", "1M")],
+)
+def test_a_share_of_memory_is_no_more_than_that(mem: str, share: str) -> None:
+    assert Site(devices_per_node=8, mem=mem).share(1) == (0, share)
 
 
 def test_where_there_are_no_accelerators_a_mesh_is_of_cpu_devices() -> None:
@@ -444,7 +453,9 @@ def test_options_that_do_not_belong_together(
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("time", ["", "3", "3:00", "1:00:00", "2-0", "1-2:3:4", "UNLIMITED", "soon"])
+@pytest.mark.parametrize(
+    "time", ["", "3", "3:00", "1:00:00", "2-0", "1-2:3:4", "0", "0-0:00", "UNLIMITED", "soon"]
+)
 def test_times_that_are_long_enough_or_sbatchs_to_judge(time: str, tmp_path: Path) -> None:
     path = tmp_path / "site.toml"
     path.write_text(f"time = '{time}'")

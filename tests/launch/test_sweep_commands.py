@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from vlmscale.cli import main
 from vlmscale.config import cell_id, to_dict
 from vlmscale.errors import EXIT_USER
 from vlmscale.loading import load_cell
+from vlmscale.plan.slices import find_slice
 from vlmscale.records import Status, write_json, write_lines
 
 CONFIG = to_dict(load_cell("configs/scenes_tiny.py:toy-14k,4", [*DATA, *steps(20)]))
@@ -283,6 +285,18 @@ def test_collect_joins_sweeps_and_counts_a_row_once(tmp_path: Path, capsys: Any)
     assert lines(file) == rows, "refused and yet written"
 
 
+def test_rows_of_two_reducers_are_two(tmp_path: Path, capsys: Any) -> None:
+    out, file = tmp_path / "out", tmp_path / "all.jsonl"
+    [name] = make_sweep(out, ["done"])
+    path = out / "cells" / name / "result.jsonl"
+    [row, _] = lines(path)
+    rows = [row | {"reducer": None}, row | {"reducer": "fastv", "score": 0.25}]
+    write_lines(path, [json.dumps(row) for row in rows])
+    assert main(["sweep", "collect", str(out), str(out), "--out", str(file)]) == 0
+    assert "2 rows of 1 finished cells, of 1" in capsys.readouterr().out
+    assert [(row["reducer"], row["score"]) for row in lines(file)] == [(None, 0.5), ("fastv", 0.25)]
+
+
 def test_what_cannot_be_collected_is_named(tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "out"
     [name] = make_sweep(out, ["pending"])
@@ -303,7 +317,7 @@ def test_what_cannot_be_collected_is_named(tmp_path: Path, capsys: Any) -> None:
     refused("line 1: has no data_mix, llm_name")
     put_rows(path.parent, 0.5)
     command[2:3] = [str(tmp_path)]
-    refused("sweep.json", "not found")
+    refused(f"{tmp_path}: is no sweep directory; `vlmscale sweep run SWEEP --out DIR` makes one")
     command[2:3] = [str(out)]
     command[-1] = str(tmp_path / "no" / "all.jsonl")
     refused("--out", "No such file")
@@ -314,6 +328,13 @@ def test_a_cohort_that_is_not_there_is_named(tmp_path: Path, capsys: Any) -> Non
     names = make_sweep(out, ["pending", "pending"], together=2)
     assert main(["sweep", "work", str(out), "--cohort", names[0]]) == EXIT_USER
     assert f"has no cohort {names[0]}" in capsys.readouterr().err
+    assert main(["sweep", "work", str(out), "--cohort", "nope"]) == EXIT_USER
+    assert f"{out}: has no cohort nope; it has {cohort_id(names)}\n" in capsys.readouterr().err
+    make_sweep(tmp_path / "many", ["pending"] * 6)
+    assert main(["sweep", "work", str(tmp_path / "many"), "--cohort", "nope"]) == EXIT_USER
+    assert "has no cohort nope; vlmscale sweep run --dry-run shows all 6\n" in capsys.readouterr().err
+    assert main(["sweep", "cancel", str(tmp_path / "many"), "nope"]) == EXIT_USER
+    assert "has no cell nope; vlmscale sweep status shows all 6\n" in capsys.readouterr().err
     write_json(out / "sweep.json", read(out / "sweep.json") | {"cohorts": []})
     assert main(["sweep", "work", str(out), "--cohort", cohort_id(names)]) == EXIT_USER
     assert "not spread over cohorts yet" in capsys.readouterr().err
@@ -338,14 +359,25 @@ def test_what_a_sweep_costs_is_told_and_limited_before_anything_is_written(
     assert main([*words, "--dry-run", "--topology", "v5e-4"]) == 0
     told = capsys.readouterr().out
     assert "predicted for v5e-4: " in told
-    assert told.count(" chip-hours with train.attention=splash") == 1, "all cells in one group"
+    assert told.count(" chip-hours if the config says train.attention=splash") == 1, "all cells in one group"
+    slow, measured = tmp_path / "slow.json", ["--dry-run", "--topology", "v5e-4", "--calibration"]
+    shares = {find_slice("v5e-4").generation.device.kind: {"products": 0.01, "memory": 0.01}}
+    slow.write_text(json.dumps({"efficiencies": shares}))
+    assert main([*words, *measured, str(slow)]) == 0
+    hours = [float(re.search(r"([\d.e-]+) h, ", text)[1]) for text in (told, capsys.readouterr().out)]
+    assert hours[1] > 10 * hours[0]
     assert main([*words, "--topology", "v5e-4", "--max-chip-hours", "1e-9"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert "chip-hours, more than --max-chip-hours 1e-09; nothing was submitted" in line
     assert main([*words, "--topology", "v5e-7", "--dry-run"]) == 2
     assert "v5e-7" in capsys.readouterr().err
-    assert main([*words, "--max-chip-hours", "1"]) == 2
-    assert "give --topology as well" in capsys.readouterr().err
+    assert main([*words, "--topology", "v5e-4", "--text-tokens", "0", "--dry-run"]) == 2
+    assert "--text-tokens 0: must be above 0" in capsys.readouterr().err
+    assert main([*words, "--topology", "v5e-4", "--calibration", str(tmp_path / "nope.json")]) == 2
+    assert str(tmp_path / "nope.json") in capsys.readouterr().err
+    for word, value in (("max-chip-hours", "1"), ("text-tokens", "64"), ("calibration", str(slow))):
+        assert main([*words, f"--{word}", value]) == 2
+        assert f"--{word} is of a prediction: give --topology as well" in capsys.readouterr().err
     assert not out.exists()
 
 

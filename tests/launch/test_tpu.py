@@ -23,6 +23,7 @@ import yaml
 
 from launch.jobset import job_name, render, write_manifests
 from launch.tpu import Pods, machine_of, xpk_command
+from launch.work import work as attempted
 from vlmscale.errors import UserError
 from vlmscale.plan.slices import GENERATIONS, find_slice
 
@@ -404,6 +405,20 @@ def test_the_image_is_built_from_the_checkout_without_secrets_as_no_root() -> No
     for line in re.findall(r"^COPY (?:--\S+ )*(.*)$", text, re.M):
         for name in line.split()[:-1]:
             assert (ROOT / name).exists(), name
+
+
+def test_the_page_says_how_often_an_exception_starts_a_job_again(tmp_path: Path) -> None:
+    run, job, actions = tmp_path / "cells" / "c", job_of("demo"), list[str]()
+    run.mkdir(parents=True)
+
+    def broken(commit: Any) -> None:
+        raise RuntimeError("broken")
+
+    while "FailJobSet" not in actions:
+        actions.append(action_after(job, attempted(run, [run], broken)))
+    [row] = re.findall(r"^\| 1: an exception \| (.*) \|$", (ROOT / "docs" / "tpu.md").read_text(), re.M)
+    assert f"starts again on all hosts, {len(actions) - 1} times at most" in row
+    assert len(actions) - 1 < pods_of().max_restarts
 
 
 def test_the_queue_of_the_page_passes_kueues_crds() -> None:

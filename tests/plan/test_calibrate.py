@@ -103,6 +103,10 @@ def test_this_machine_is_a_slice(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_calibration_that_is_none(text: str, tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
+    with pytest.raises(
+        UserError, match=r"^\S*calibration\.json: no such file; `vlmscale bench step --out FILE`"
+    ):
+        read_calibration(path)
     path.write_text(text)
     with pytest.raises(UserError, match=r"calibration\.json"):
         read_calibration(path)

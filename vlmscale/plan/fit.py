@@ -20,6 +20,7 @@ from vlmscale.train.recipe import compute_dtype
 from vlmscale.train.state import loading_bytes, mesh_shape, state_bytes
 
 MOST_TENSOR = 8
+ANSWERS = "evaluate: "  # in front of a change that answers need, which no config says
 _WORTH = 0.97  # of the time of the mesh that training would choose, for which another is taken
 _SHORT = 1e-3  # s; no mesh is preferred to another for less
 _MOST_TRIES = 3  # of each way, that the compiler is asked about
@@ -292,7 +293,7 @@ def _answering(cell: Cell, place: Slice, length: int, ask: Ask, guess: Ask) -> t
         part, asked = Part(request, ask(request)), asked + 1
         if part.fits:
             axes = (("fsdp", mesh[1]), ("tensor", mesh[2]))
-            return part, () if mesh == own else tuple(f"evaluate: mesh.{axis}={n}" for axis, n in axes)
+            return part, () if mesh == own else tuple(f"{ANSWERS}mesh.{axis}={n}" for axis, n in axes)
         if nearest is None or part.used < nearest.used:
             nearest = part
         if asked > _MOST_TRIES:

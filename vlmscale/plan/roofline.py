@@ -63,7 +63,7 @@ def read_calibration(path: Path) -> dict[str, Efficiencies]:
     Raises:
       UserError: the file cannot be read, or a share is none.
     """
-    found = read_json(path)
+    found = read_json(path, f"{path}: no such file; `vlmscale bench step --out FILE` writes one")
     if not isinstance(found, dict) or not isinstance(found.get("efficiencies"), dict):
         raise UserError(f"{path}: is no calibration; `vlmscale bench step --out FILE` writes one")
     calibrated = {}
