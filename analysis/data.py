@@ -24,7 +24,7 @@ __all__ = ["BUILT_IN", "PAPER_TEXT_TOKENS", "DataError", "Dataset", "Table", "lo
 
 PAPER_TEXT_TOKENS = 50.0
 HELD_OUT = "held-out loss"
-_COMPRESSOR = SETUP.index("compressor")
+_COMPRESSOR, _REDUCER = SETUP.index("compressor"), SETUP.index("reducer")
 # Figures of a row that a cell averages; what a row lacks is NaN, and so is then the cell's mean.
 _MEANS = (
     "chance",
@@ -198,10 +198,12 @@ def _tables(rows: list[Row], source: str) -> tuple[Table, ...]:
 def _by_setup(group: str, rows: list[Row]) -> list[tuple[str, list[Row]]]:
     """(name, rows) a set-up: rows of one (LLM, V >= 1, task) that differ in a field are never averaged.
 
-    Two compressors are two set-ups also where they have no V in common: one law does not describe both.
+    Two compressors or reducers are two set-ups also where they have no V in common: no law describes both.
     """
     first: dict[tuple[str, float, str], tuple[Any, ...]] = {}
     split: set[int] = {_COMPRESSOR} if len(_compressors(rows)) > 1 else set()
+    if len({row.setup[_REDUCER] or "none" for row in rows if row.v > 0}) > 1:  # a CSV file names none
+        split |= {_REDUCER}
     for row in rows:
         if row.v > 0:
             other = first.setdefault((row.llm_name, row.v, row.task), row.setup)

@@ -44,18 +44,19 @@ BUILT_IN = {
 # The first TRAINED say what was trained, the others how it was asked.
 SETUP = (
     "compressor",
-    "reducer",
     "vision_tower",
     "image_size",
     "data_mix",
     "data_samples",
     "lr",
+    "reducer",
     "split",
     "prompt_id",
     "scorer",
     "metric",
 )
-TRAINED = 7
+TRAINED = 6
+_REDUCER = SETUP.index("reducer")  # with one, the loss that training logged is another model's
 _UNFINISHED = ("pending", "running", "preempted", "failed")
 _PROVENANCE = ("vlmscale_version", "git_commit", "device")
 _GIVE = "give a sweep directory, a run directory, a .jsonl, a .csv or a built-in name"
@@ -245,12 +246,14 @@ def _jsonl(file: _File, path: Path, reading: Reading) -> None:
     for key, seen in provenance.items():
         reading.provenance[key] |= {cut(comparable(value)) for value in seen}
     reading.rows[first:] = own = _mean_counts(reading.rows[first:], cells)
-    if path.name == "result.jsonl" and any(math.isnan(row.heldout_loss) for row in own):
+    lacking = [math.isnan(row.heldout_loss) and row.setup[_REDUCER] in (None, "none") for row in own]
+    if path.name == "result.jsonl" and any(lacking):
         loss, sha256 = _last_loss(path.with_name("metrics.jsonl"), file.label)
         if not math.isnan(loss):
             reading.hashes.append(sha256)
             reading.rows[first:] = [
-                row._replace(heldout_loss=loss) if math.isnan(row.heldout_loss) else row for row in own
+                row._replace(heldout_loss=loss) if lacks else row
+                for row, lacks in zip(own, lacking, strict=True)
             ]
 
 

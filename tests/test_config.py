@@ -48,6 +48,8 @@ OTHERS = {
     "compressor.options": "placement=after",
     "evaluate.visual_tokens": (1, 4),
     "train.profile": (3, 5),
+    "reducer.name": "fastv",
+    "reducer.schedule": (1.0, 0.5),
 }
 
 

@@ -19,6 +19,7 @@ from vlmscale.cli_data import add_data
 from vlmscale.cli_evaluate import DTYPES, add_distributed, add_evaluate
 from vlmscale.cli_launch import add_demo
 from vlmscale.cli_plan import add_plan
+from vlmscale.cli_schedule import add_schedule
 from vlmscale.cli_sweep import add_sweep
 from vlmscale.errors import EXIT_AGAIN, EXIT_USER, PreemptedError, RetryableError, UserError, disk_fault
 from vlmscale.terminal import add_command, progress_bar, tell
@@ -121,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(takes_config=True)
 
     add_evaluate(commands)
+    add_schedule(commands)
     add_plan(commands)
     add_bench(commands)
     add_advise(commands)

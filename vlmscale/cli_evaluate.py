@@ -37,7 +37,8 @@ def _add_evaluate(commands: Any) -> None:
         commands,
         "evaluate",
         _evaluate,
-        "answer and score a run's own questions, or benchmarks; --config.evaluate.KEY=VALUE overrides",
+        "answer and score a run's own questions, or benchmarks; --config.evaluate.KEY=VALUE and "
+        "--config.reducer.KEY=VALUE override",
         "vlmscale evaluate --run RUN --tasks gqa,pope --data TASKS --blind",
     )
     evaluate.add_argument("--run", type=Path, required=True, dest="run_dir", metavar="DIR")
@@ -157,12 +158,16 @@ def _evaluate(arguments: argparse.Namespace, overrides: list[str]) -> int:
         rows = evaluate(run, asked, show, tell)
     if not leader():
         return 0
-    if not tasks and not counts and arguments.data is None:  # else what the config asks for may be missing
+    other = tasks or counts or arguments.data is not None
+    if not other and not any(word.startswith("--config.reducer.") for word in overrides):
+        # Else what the config asks for may be missing.
         Status(path).update(state="done")
     if arguments.json:
         print(json.dumps({"run": str(path), "rows": [json.loads(row.to_json()) for row in rows]}))
         return 0
     numbers = " ".join(f"{name:>7}" for name in ("score", "stderr", "chance", "blind"))
+    if rows[0].reducer:
+        print(f"reducer {rows[0].reducer}: {rows[0].tokens_per_layer:.4g} prompt tokens a layer in the mean")
     print(f"{'task':14} {'group':12} {'V':>6} {numbers} {'items':>6}")
     for row in rows:
         failed = f"  {row.n_failed} not answered, counted as wrong" if row.n_failed else ""

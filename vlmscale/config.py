@@ -15,6 +15,8 @@ from typing import Any
 from vlmscale.compressors import parse_options
 from vlmscale.content import content_sha256, earlier_cell, manifest_sha256, tokenizer_sha256
 from vlmscale.errors import UserError
+from vlmscale.options import label
+from vlmscale.reducers import ReducerSpec, read_options
 
 # A field with this metadata does not change any number of the result, so it is no part of the cell id.
 _BYSTANDER = {"changes_result": False}
@@ -177,11 +179,30 @@ class EvaluateConfig:
 
 
 @dataclass
+class ReducerConfig:
+    """What drops visual tokens inside the LLM while it answers; "none" is the plain model."""
+
+    name: str = field(default="none", metadata=_LATER)
+    # So many layers see all visual tokens; from the next one on the share `keep` of them is there.
+    layer: int = field(default=2, metadata=_LATER)
+    keep: float = field(default=0.5, metadata=_LATER)
+    # Of a method with a share for every layer, in their place; the last share holds for all further layers.
+    schedule: tuple[float, ...] = field(default=(), metadata=_LATER)
+    # The run of a smaller LLM, trained on the same data, that says which visual tokens stay; and from what
+    # certainty of its own on its answer stands, as the mean of two probabilities. 1: never.
+    guide: str = field(default="", metadata={"run": True} | _LATER)
+    exit_above: float = field(default=1.0, metadata=_LATER)
+    # Choices of the method's own, such as "score=received"; several are separated by commas.
+    options: str = field(default="", metadata=_LATER)
+
+
+@dataclass
 class Cell:
     """Everything that one trained and evaluated model is made from."""
 
     tower: TowerConfig = field(default_factory=TowerConfig)
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
+    reducer: ReducerConfig = field(default_factory=ReducerConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -231,6 +252,33 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
     return parts
 
 
+def reducer_of(cell: Cell) -> ReducerSpec | None:
+    """What drops visual tokens inside a cell's LLM; None for nothing.
+
+    Raises:
+      UserError: a name or an option is unknown.
+    """
+    own = cell.reducer
+    if own.name == "none":
+        return None
+    options = read_options(own.name, own.options)
+    return ReducerSpec(own.name, own.layer, own.keep, own.schedule, options)
+
+
+def reducer_label(cell: Cell) -> str | None:
+    """What records call what drops visual tokens inside a cell's LLM; None for nothing.
+
+    Raises:
+      UserError: a name or an option is unknown, or the guide is no run.
+    """
+    spec, own = reducer_of(cell), cell.reducer
+    if spec is None:
+        return None
+    guide = {"guide": earlier_cell("reducer.guide", Path(own.guide))} if own.guide else {}
+    leaves_early = {"exit_above": f"{own.exit_above:g}"} if own.exit_above < 1 else {}
+    return label(spec.label, guide | leaves_early)
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The resolved config as nested dicts, ready for JSON."""
     return dataclasses.asdict(config)
@@ -242,6 +290,7 @@ def from_dict(values: dict[str, Any]) -> Cell:
     cell = Cell(**{name: kinds[name](**part) for name, part in values.items()})
     cell.evaluate.visual_tokens = tuple(cell.evaluate.visual_tokens)  # JSON has lists alone
     cell.train.profile = tuple(cell.train.profile)
+    cell.reducer.schedule = tuple(cell.reducer.schedule)
     return cell
 
 

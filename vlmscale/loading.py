@@ -61,6 +61,7 @@ def load_cell(spec: str, overrides: Sequence[str]) -> Cell:
     if not isinstance(cell, Cell):
         raise UserError(f"{path}: get_config must return a vlmscale.config.Cell, not {type(cell).__name__}")
     validate(cell)
+    _check_untouched(cell)
     return cell
 
 
@@ -124,6 +125,15 @@ def _check_override(word: str) -> None:
         raise UserError(f"unknown config key {key}; the nearest is {near[0]}")
 
 
+def _check_untouched(cell: Cell) -> None:
+    """Refuse a reducer where a model is trained, which takes no notice of it."""
+    if cell.reducer.name != "none":
+        raise UserError(
+            f"reducer.name={cell.reducer.name}: is asked of a trained run; vlmscale evaluate --run RUN "
+            f"--config.reducer.name={cell.reducer.name}"
+        )
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
@@ -157,6 +167,7 @@ def load_sweep(spec: str, overrides: Sequence[str], *, planned: bool = False) ->
     sweep = _run_file(path, "a sweep file", "get_sweep(overrides)", given, Sweep)
     for cell in sweep.cells:
         validate(cell)
+        _check_untouched(cell)
     ids = [json.dumps(to_dict(cell)) if planned else cell_id(cell) for cell in sweep.cells]
     if not ids or len(set(ids)) < len(ids):
         raise UserError(f"{spec}: has {len(ids)} cells, {len(set(ids))} of them distinct")

@@ -198,3 +198,8 @@ def _split_anywhere(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: 
 def _parts(spec: PartitionSpec, mesh: Mesh) -> int:
     """Into how many pieces a parameter is cut."""
     return math.prod(mesh.shape[axis] for axis in spec if axis is not None)
+
+
+def to_host(array: jax.Array, mesh: Mesh) -> np.ndarray:
+    """The whole of an array that may lie in parts on several devices, to every process."""
+    return np.asarray(jax.device_put(array, replicated(mesh)))

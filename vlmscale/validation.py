@@ -9,10 +9,20 @@ from typing import Any
 
 from vlmscale.attention import BACKENDS
 from vlmscale.compressors import COMPRESSORS, check_count, parse_options, spoken
-from vlmscale.config import TEMPLATES, Cell, DataConfig, TowerConfig, leaves, parse_mixture
+from vlmscale.config import (
+    TEMPLATES,
+    Cell,
+    DataConfig,
+    ReducerConfig,
+    TowerConfig,
+    leaves,
+    parse_mixture,
+    reducer_of,
+)
 from vlmscale.errors import UserError
 from vlmscale.models.decoder import REMAT
 from vlmscale.models.sizes import SIZES, TOWERS
+from vlmscale.reducers import REDUCERS, check_reducer
 
 SHIPPED_TOWERS = ("scenes-48",)
 
@@ -36,6 +46,7 @@ def validate(cell: Cell) -> None:
     _one_of("evaluate.history", cell.evaluate.history, ("none", "gold"))
     _check_weights(cell.tower)
     _check_compressor(cell)
+    _check_reducer(cell)
     _check_data(cell)
     positive = (
         "data.train_images data.validation_images data.test_images data.max_text_tokens train.steps "
@@ -169,6 +180,29 @@ def _check_compressor(cell: Cell) -> None:
             f"evaluate.tasks={cell.evaluate.tasks!r} and evaluate.data={cell.evaluate.data!r} go together: "
             "names of benchmarks, and the directory of their task files"
         )
+
+
+def _check_reducer(cell: Cell) -> None:
+    spec = reducer_of(cell)
+    reads = () if spec is None else REDUCERS[spec.name].reads
+    for name, value, _ in leaves(cell.reducer):
+        if name not in ("name", "options", *reads) and value != getattr(ReducerConfig(), name):
+            owners = [other for other, method in REDUCERS.items() if name in method.reads]
+            raise UserError(
+                f"reducer.{name}={value}: reducer.name={cell.reducer.name} does not read it; it belongs to "
+                f"{', '.join(owners)}"
+            )
+    if spec is not None:
+        for count in cell.evaluate.visual_tokens or (cell.compressor.visual_tokens,):
+            check_reducer(spec, SIZES[cell.llm.name].num_layers, count)
+    elif cell.reducer.options:
+        raise UserError(f"reducer.options={cell.reducer.options}: goes with reducer.name")
+    if "guide" in reads and not cell.reducer.guide:
+        raise UserError(
+            f"reducer.name={cell.reducer.name}: needs --config.reducer.guide=RUN of a smaller LLM"
+        )
+    if not 0 < cell.reducer.exit_above <= 1:
+        raise UserError(f"reducer.exit_above={cell.reducer.exit_above}: a certainty above 0, or 1 for never")
 
 
 def check_evaluable(cell: Cell, option: str, asked: Sequence[int]) -> None:

@@ -292,6 +292,11 @@ def test_a_run_directory_and_its_metrics(rows: Rows, tmp_path: Path) -> None:
             file.write('{"step": 4, "heldout_loss": 1.')  # cut by a kill
     dataset = load(*places)
     assert table_of(dataset.tables, "held-out loss").error.tolist() == [3.0, 6.0]
+    # What was asked with a reducer later has other losses than training logged.
+    reduced = [{**row, "reducer": "fastv"} for row in rows if row["llm_name"] == "nano"]
+    save(tmp_path / "r" / "result.jsonl", reduced)
+    save(tmp_path / "r" / "metrics.jsonl", [{"heldout_loss": 5.0}])
+    assert {table.target for table in load(tmp_path / "r").tables} == {"error"}
     # Names that do not tell the sources apart become paths; what metrics gave is in the hash.
     assert dataset.source == ", ".join(str(place / "result.jsonl") for place in places)
     (places[0] / "metrics.jsonl").write_text('{"heldout_loss": 7.0}\n')

@@ -37,7 +37,7 @@ def extend_flops(size: DecoderSize, new: int, slots: int) -> int:
     decoder = Decoder(size, 50, layout="loop")
     ids, valid = shape(1, new, dtype=jnp.int32), shape(1, new, dtype=bool)
     keys = (shape(1, size.num_kv_heads, slots, size.head_dim),) * size.num_layers
-    cache = KVCache(keys, keys, shape(1, slots, dtype=bool))
+    cache = KVCache(keys, keys, (shape(1, slots, dtype=bool),))
 
     def run(params: Any, *args: Any) -> Any:
         return decoder.apply({"params": params}, *args, method="extend")

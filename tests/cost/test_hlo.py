@@ -104,7 +104,7 @@ def test_a_decoder_s_layers_head_and_embeddings(family: str) -> None:
 def test_tokens_behind_a_cache(family: str, new: int) -> None:
     size, slots = DECODERS[family], 9
     keys = (shape(ROWS, size.num_kv_heads, slots, size.head_dim),) * size.num_layers
-    cache = KVCache(keys, keys, shape(ROWS, slots, dtype=bool))
+    cache = KVCache(keys, keys, (shape(ROWS, slots, dtype=bool),))
     inputs = (shape(ROWS, new, size.width), integers(ROWS, new), shape(ROWS, new, dtype=bool), cache)
     counted = of_decoder(size, "loop", "extend", *inputs, integers())
     assert counted == ROWS * flops.decoder_flops(size, new, slots - new, causal=False)

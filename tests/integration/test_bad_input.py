@@ -126,7 +126,10 @@ def test_sweep_words_that_cannot_be_used(tmp_path: Path, capsys: Capture) -> Non
     refused([*words, "--workers", "0"], capsys, "--workers=0")
     refused([*words, "--config.train.step=1"], capsys, "nearest is train.steps")
     refused(["sweep", "run", "no.py", "--out", str(tmp_path / "out")], capsys, "no.py")
-    refused(["sweep", "status", str(tmp_path)], capsys, "sweep.json", "not found")
+    refused(["sweep", "status", str(tmp_path)], capsys, f"{tmp_path}: is no sweep directory")
+    path = tmp_path / "file"
+    path.touch()
+    refused(["sweep", "status", str(path)], capsys, f"{path}: is no sweep directory")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ valid [N, V])` for N images. docs/add-a-compressor.md shows how to add one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,8 +31,8 @@ from vlmscale.compressors.tokenpacker import TokenPacker
 from vlmscale.compressors.vistog import VisToG
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import TowerSize
+from vlmscale.options import Options, label, parse
 
-Options = Mapping[str, str]
 _CONTEXT = {"dtype", "attention", "decoder_size", "tower_size", "largest"}
 
 
@@ -141,30 +140,7 @@ def parse_options(name: str, text: str) -> dict[str, str]:
     Raises:
       UserError: naming the option or the value and what works.
     """
-    if name not in COMPRESSORS:  # of a run that a version with more methods trained, say
-        raise UserError(f"compressor.name={name}: unknown here (known: {', '.join(COMPRESSORS)})")
-    known, chosen = COMPRESSORS[name].options, {}
-    for word in filter(None, (part.strip() for part in text.split(","))):
-        key, _, value = word.partition("=")
-        if key not in known:
-            owners = [other for other, method in COMPRESSORS.items() if key in method.options]
-            near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.0)
-            hint = f"the nearest is {near[0]} (known: {', '.join(known)})" if near else "it has none"
-            hint = f"that belongs to {', '.join(owners)}" if owners else hint
-            raise UserError(f"compressor.options: {name} has no option {key!r}; {hint}")
-        if value not in known[key]:
-            raise UserError(
-                f"compressor.options: {key}={value}: {name} knows {key}={' or '.join(known[key])}"
-            )
-        if key in chosen:
-            raise UserError(f"compressor.options: {key} is given twice")
-        chosen[key] = value
-    return {key: chosen[key] for key in sorted(chosen) if chosen[key] != known[key][0]}
-
-
-def label(name: str, options: Options) -> str:
-    """What records call a method: its name, and the options that are not the default."""
-    return name + "".join(f":{key}={value}" for key, value in options.items())
+    return parse("compressor", COMPRESSORS, name, text)
 
 
 def check_count(name: str, visual_tokens: int, side: int) -> None:

@@ -5,6 +5,8 @@ Pure arithmetic on the size tables, no arrays.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vlmscale.models.sizes import DecoderSize
 
 
@@ -18,9 +20,12 @@ def decoder_flops(size: DecoderSize, new_tokens: float, context: float, *, causa
       causal: counts of the scores those that a token may see alone, the useful half; False all of them, as
         the attention backend "xla" multiplies them.
     """
-    return size.num_layers * (
-        linear_flops(size, new_tokens) + 2 * score_flops(size, new_tokens, context, causal)
-    )
+    return size.num_layers * layer_flops(size, new_tokens, context, causal)
+
+
+def layer_flops(size: DecoderSize, new_tokens: float, context: float, causal: bool = True) -> float:
+    """One layer of `decoder_flops`."""
+    return linear_flops(size, new_tokens) + 2 * score_flops(size, new_tokens, context, causal)
 
 
 def linear_flops(size: DecoderSize, tokens: float) -> float:
@@ -40,13 +45,22 @@ def head_flops(size: DecoderSize, vocab_size: int, positions: float) -> float:
     return 2 * size.width * vocab_size * positions
 
 
-def inference_flops(size: DecoderSize, vocab_size: int, prompt: float, generated: float) -> float:
+def inference_flops(
+    size: DecoderSize, vocab_size: int, prompt: float | Sequence[float], generated: float
+) -> float:
     """LLM FLOPs of one answer: prefill of the prompt, then `generated` tokens one at a time.
 
     The last generated token is not fed back.
+
+    Args:
+      size: of the decoder.
+      vocab_size: rows of its head.
+      prompt: tokens of the prompt; of each layer, where a reducer drops some of them.
+      generated: tokens of the answer.
     """
     fed_back = max(generated - 1, 0)
-    layers = decoder_flops(size, prompt, 0) + decoder_flops(size, fed_back, prompt)
+    each = [prompt] * size.num_layers if isinstance(prompt, (int, float)) else prompt
+    layers = sum(layer_flops(size, there, 0) + layer_flops(size, fed_back, there) for there in each)
     return layers + head_flops(size, vocab_size, generated)
 
 

@@ -16,13 +16,14 @@ from vlmscale.data.conversation import IMAGE_MARK
 from vlmscale.data.images import ImageError
 from vlmscale.data.sources import Picture
 from vlmscale.distributed import host_part, leader
+from vlmscale.errors import UserError
 from vlmscale.evaluate.answers import Journal, Said
 from vlmscale.evaluate.generation import answer_length, make_generate, prompt_batch
+from vlmscale.evaluate.guided import GUIDE_QUERY, Guided, Reply
 from vlmscale.evaluate.items import Item, Task, first_question, prompt_of, text_tokens
-from vlmscale.evaluate.loaded import LoadedRun, embed_queries, to_host, visual_counts
+from vlmscale.evaluate.loaded import LoadedRun, embed_queries, visual_counts
 from vlmscale.models.sizes import SIZES
-from vlmscale.models.vlm import VLM
-from vlmscale.sharding import put_batch
+from vlmscale.sharding import put_batch, replicated, to_host
 from vlmscale.train.step import with_tower_outputs
 
 _LENGTHS = 8  # static lengths of a group of items at most
@@ -159,20 +160,34 @@ def _everywhere(failed: dict[int, str], rows: int) -> dict[int, str]:
 class _Asker:
     """Answers the items of one group."""
 
-    def __init__(self, run: LoadedRun, group: _Group, split: str, wanted: list[_Wanted]) -> None:
+    def __init__(
+        self, run: LoadedRun, group: _Group, split: str, wanted: list[_Wanted], form: str = "compact"
+    ) -> None:
         self.run, self.group, self.split, self.wanted = run, group, split, wanted
         template = run.prepared.template
         self.models = {count: run.model(count) for count in group.counts}
+        if not group.images:  # there is nothing to drop, and no room for what would be dropped
+            self.models = {count: model.clone(reducer=None) for count, model in self.models.items()}
         self.generates = {
-            count: make_generate(model, group.max_new_tokens, template.stop_ids)
+            count: make_generate(model, group.max_new_tokens, template.stop_ids, form=form)
             for count, model in self.models.items()
         }
+        self.guided: dict[int, Guided] = {}
+        if run.guide is not None and group.images:
+            self.guided = {
+                count: run.guided(count, generate, group.max_new_tokens)
+                for count, generate in self.generates.items()
+                if count
+            }
         self.slots = max(1, group.images)
         seeing = max(group.counts) > 0
         self.tower = (run.any_tower() if group.files else run.tower) if seeing else None
         questions = [first_question(one.item) for one in wanted]
         model = self.models[max(group.counts)]
         self.queries = embed_queries(run, model, questions)
+        self.guide_queries = None
+        if self.guided and run.guide is not None:
+            self.guide_queries = embed_queries(run.guide, run.guide.model(max(group.counts)), questions)
         parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
         self.size = -(-min(run.cell.evaluate.batch_size, len(wanted)) // parts) * parts
         self.part, self.parts = host_part(run.mesh)
@@ -229,22 +244,34 @@ class _Asker:
         reader = self.run.pictures(self.split)[0]
         return {} if reader is None else reader.blank
 
+    def load(self, rows: list[int], length: int, pictures: list[list[Picture]]) -> dict[int, dict[str, Any]]:
+        """One batch on the devices, as the model reads it at every count."""
+        own = self.mine(rows)
+        shared: dict[str, Any] = {}
+        if max(self.group.counts) > 0:
+            shared = self._put(self._shown(pictures, len(own)))
+            for name, known in (("text_query", self.queries), (GUIDE_QUERY, self.guide_queries)):
+                if known is not None:
+                    queries = known[[rows[row] for row in own]]
+                    shared |= self._put({name: np.repeat(queries, self.slots, axis=0)})
+            shared = _complete(self.models[max(self.group.counts)], shared, self.tower)
+        template = self.run.prepared.template
+        prompts = [prompt_of(self.wanted[rows[row]].item, template) for row in own]
+        batches = {}
+        for count in self.models:
+            whole = length + self.group.images * count
+            batches[count] = self._put(prompt_batch(prompts, template, count, whole))
+            if count:
+                batches[count] |= shared
+        return batches
+
     def answer(
         self, rows: list[int], length: int, pictures: list[list[Picture]], failed: dict[int, str]
     ) -> None:
         """Answer one batch at every count and file what was said."""
         items = [self.wanted[place].item for place in rows]
-        own = self.mine(rows)
-        shared: dict[str, Any] = {}
-        if max(self.group.counts) > 0:
-            shared = self._put(self._shown(pictures, len(own)))
-            if self.queries is not None:
-                queries = self.queries[[rows[row] for row in own]]
-                shared |= self._put({"text_query": np.repeat(queries, self.slots, axis=0)})
-            shared = _complete(self.models[max(self.group.counts)], shared, self.tower)
-        prompts = [prompt_of(item, self.run.prepared.template) for item in items]
-        for number, (count, model) in enumerate(self.models.items()):
-            said = self._say(count, model, [prompts[row] for row in own], length, shared, len(rows))
+        for number, (count, batch) in enumerate(self.load(rows, length, pictures).items()):
+            said = self.say(count, batch, len(rows))
             filed: dict[str, tuple[Journal, list[tuple[Item, Said]]]] = {}
             for row, (place, answer) in enumerate(zip(rows, said, strict=True)):
                 if row not in failed:
@@ -254,28 +281,21 @@ class _Asker:
                 for journal, answers in filed.values():
                     journal.add(answers)
 
-    def _say(
-        self,
-        count: int,
-        model: VLM,
-        prompts: list[list[int]],
-        length: int,
-        shared: dict[str, Any],
-        rows: int,
-    ) -> list[Said]:
+    def say(self, count: int, batch: dict[str, Any], rows: int) -> list[Said]:
         """What the model says to the rows of a batch."""
         template = self.run.prepared.template
-        whole = length + self.group.images * count
-        batch = self._put(prompt_batch(prompts, template, count, whole))
-        if count:
-            batch |= shared
-        ids = to_host(self.generates[count](self.run.params, batch), self.run.mesh).tolist()
+        if count in self.guided:
+            reply = self.guided[count](self.run.params, batch)
+        else:
+            ids = to_host(self.generates[count](self.run.params, batch), self.run.mesh)
+            reply = Reply(ids, np.zeros(len(ids), int), np.zeros(len(ids), bool))
         shown = np.broadcast_to(np.arange(self.slots) < self.group.images, (self.size, self.slots))
-        given = visual_counts(self.run, model, batch, shown.size).reshape(shown.shape)
+        given = visual_counts(self.run, self.models[count], batch, shown.size).reshape(shown.shape)
         counts = (shown * given).sum(1).tolist()
+        ids, *rest = (part.tolist() for part in reply)
         return [
-            Said(template.decode(row), answer_length(row, template.stop_ids), taken)
-            for row, taken in list(zip(ids, counts, strict=True))[:rows]
+            Said(template.decode(row), answer_length(row, template.stop_ids), taken, guided, exited)
+            for row, taken, guided, exited in list(zip(ids, counts, *rest, strict=True))[:rows]
         ]
 
     def _shown(self, pictures: list[list[Picture]], rows: int) -> dict[str, np.ndarray]:
@@ -290,6 +310,49 @@ class _Asker:
 
     def _put(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         return put_batch(batch, self.run.mesh, self.parts)
+
+
+class Calibration:
+    """Items whose batches stay on the devices, to be answered many times by a reducer with an argument."""
+
+    def __init__(self, run: LoadedRun, tasks: Sequence[Task], split: str) -> None:
+        """Read and encode the pictures.
+
+        Args:
+          run: a trained run, with the reducer.
+          tasks: whose items are answered, at the run's own count of visual tokens.
+          split: of the run's data that they belong to.
+
+        Raises:
+          UserError: a picture cannot be read, or a prompt is too long.
+        """
+        self.run, self._count = run, run.cell.compressor.visual_tokens
+        self._parts: list[tuple[_Asker, list[int], dict[str, Any]]] = []
+        failures: Failures = {}
+        nowhere = run.path / "calibration"  # never written
+        passes = [Pass(task, self._count, Journal(nowhere, {})) for task in tasks]
+        with ThreadPoolExecutor(_READERS) as pool:
+            for group, wanted in sorted(_groups(run, passes, failures).items()):
+                asker = _Asker(run, group, split, wanted, "masked")
+                for rows, length in asker.batches():
+                    pictures, failed = asker.read(rows, pool.map)
+                    for row, reason in _everywhere(failed, len(rows)).items():
+                        one = wanted[rows[row]]
+                        failures[one.passes[0].task.name, self._count, one.item.id] = reason
+                    self._parts.append((asker, rows, asker.load(rows, length, pictures)[self._count]))
+        for (task, _, name), reason in failures.items():
+            raise UserError(f"calibration, {task}: item {name}: {reason}")
+
+    def answers(self, given: np.ndarray) -> dict[str, dict[str, str]]:
+        """What the model says with an argument of its reducer: texts by item id, by task."""
+        said: dict[str, dict[str, str]] = {}
+        argument = jax.device_put(given, replicated(self.run.mesh))
+        for asker, rows, batch in self._parts:
+            answers = asker.say(self._count, batch | {"given": argument}, len(rows))
+            for place, answer in zip(rows, answers, strict=True):
+                one = asker.wanted[place]
+                said.setdefault(one.passes[0].task.name, {})[one.item.id] = answer.text
+        return said
 
 
 # What the tower makes of a batch's pixels, where its outputs were not stored.

@@ -78,20 +78,25 @@ def check_prompt(prompt: str) -> None:
 
 @functools.lru_cache(maxsize=64)  # the same arguments, the same compiled function
 def make_generate(
-    model: VLM, max_new_tokens: int, stop_ids: tuple[int, ...], sampling: Sampling = GREEDY
+    model: VLM,
+    max_new_tokens: int,
+    stop_ids: tuple[int, ...],
+    sampling: Sampling = GREEDY,
+    form: str = "compact",
 ) -> Generate:
     """A jitted function from (params, prompt batch[, seed]) to answer ids [B, max_new_tokens].
 
     The prompt batch holds tokens, image_slots and valid [B, T] (right-padded) and, unless the model is
-    blind, the tower outputs, and what else its compressor reads (`Inputs`). Behind the first of its
-    `stop_ids` a row repeats it. Rows do not see each other, so an answer does not depend on what else is in
-    the batch.
+    blind, the tower outputs, what else its compressor reads (`Inputs`), and `given` where its reducer takes
+    something from elsewhere. Behind the first of its `stop_ids` a row repeats it. Rows do not see each other,
+    so an answer does not depend on what else is in the batch.
 
     Args:
       model: in the "loop" layout.
       max_new_tokens: length of every row.
       stop_ids: any of them ends a row; empty for rows of full length.
       sampling: greedy unless told otherwise.
+      form: of what a reducer does, `vlmscale.models.cuts.FORMS`.
 
     Raises:
       UserError: max_new_tokens below 1.
@@ -109,9 +114,10 @@ def make_generate(
     @jax.jit
     def generate(params: Params, batch: dict[str, jax.Array], seed: int = 0) -> jax.Array:
         rows, length = batch["tokens"].shape
-        inputs = prompt_inputs(batch)
+        given = batch.get("given")
+        inputs = prompt_inputs({name: value for name, value in batch.items() if name != "given"})
         logits, cache, prompt_length = model.apply(
-            {"params": params}, inputs, length + max_new_tokens, method="prefill"
+            {"params": params}, inputs, length + max_new_tokens, given, form, method="prefill"
         )
         keys = jax.random.split(jax.random.key(seed), rows)
         said = (

@@ -228,7 +228,7 @@ def _programs(model: VLM, gen_tokens: int) -> _Programs:
     def decode(
         params: Params, token: jax.Array, position: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVCache]:
-        first = cache.seen.shape[1] - gen_tokens
+        first = cache.slots - gen_tokens
 
         def one_more(index: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
             token, cache = carry

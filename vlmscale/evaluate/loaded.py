@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from vlmscale.compressors import COMPRESSORS
 from vlmscale.compressors.features import tower_features
-from vlmscale.config import Cell, MeshConfig
+from vlmscale.config import Cell, MeshConfig, identity
 from vlmscale.data.images import ImageError, decode_image
 from vlmscale.data.records import PLACEHOLDER
 from vlmscale.data.sources import PictureReader, Pixels
@@ -23,6 +23,7 @@ from vlmscale.errors import UserError
 from vlmscale.evaluate.generation import (
     GREEDY,
     Answer,
+    Generate,
     Sampling,
     answer_length,
     check_prompt,
@@ -30,12 +31,13 @@ from vlmscale.evaluate.generation import (
     prompt_batch,
     prompt_inputs,
 )
+from vlmscale.evaluate.guided import Guided
 from vlmscale.loading import override
 from vlmscale.models.decoder import unstack
 from vlmscale.models.sizes import TOWERS
 from vlmscale.models.vlm import VLM
 from vlmscale.records import read_json
-from vlmscale.sharding import replicated
+from vlmscale.sharding import replicated, to_host
 from vlmscale.train.checkpoint import Checkpoints
 from vlmscale.train.frozen import load_tower, needs_of
 from vlmscale.train.prepared import TOWER, Prepared, pixels_of
@@ -56,6 +58,7 @@ class LoadedRun:
       tower: of the tower where the run computes with it, trained or not; else None.
       mesh: what they lie on.
       dtype: of the computation, and of the parameters.
+      guide: the run of a smaller model that stands in front of it, if its reducer has one.
     """
 
     path: Path
@@ -68,6 +71,7 @@ class LoadedRun:
     tower: dict[str, Any] | None
     mesh: Mesh
     dtype: Any
+    guide: LoadedRun | None = None
     _tower: dict[str, Any] = field(default_factory=dict, repr=False)
     _pictures: dict[str, list[PictureReader | None]] = field(default_factory=dict, repr=False)
 
@@ -88,6 +92,19 @@ class LoadedRun:
         rows = self.prepared.vocab_rows(self.cell)
         return build_model(self.cell, rows, "loop", visual_tokens).clone(dtype=self.dtype)
 
+    def guided(self, visual_tokens: int, generate: Generate, max_new_tokens: int) -> Guided:
+        """The run's model, by `generate`, behind its guide."""
+        assert self.guide is not None
+        return Guided(
+            self.guide.model(visual_tokens),
+            self.guide.params,
+            generate,
+            max_new_tokens,
+            self.prepared.template.stop_ids,
+            self.cell.reducer.exit_above,
+            self.mesh,
+        )
+
     def any_tower(self) -> dict[str, Any]:
         """The tower's parameters on the devices, also where training read stored outputs."""
         if self.tower is not None:
@@ -98,26 +115,33 @@ class LoadedRun:
         return self._tower
 
 
-def load_run(path: Path, dtype: Any = None, overrides: Sequence[str] = ()) -> LoadedRun:
+def load_run(
+    path: Path,
+    dtype: Any = None,
+    overrides: Sequence[str] = (),
+    mesh: Mesh | None = None,
+) -> LoadedRun:
     """Open a trained run directory.
 
     Args:
       path: of the run.
       dtype: of parameters and computation; None for float32 on a CPU and bfloat16 elsewhere.
-      overrides: words `--config.KEY=VALUE` of the parts evaluate and mesh; the mesh that it was trained on is
-        not that of its evaluation.
+      overrides: words `--config.KEY=VALUE` of the parts evaluate, mesh and reducer; the mesh that it was
+        trained on is not that of its evaluation.
+      mesh: what it shall lie on; None for what the config says or what fits.
 
     Raises:
-      UserError: not a run, not trained to the end, its data is gone, or an override cannot be.
+      UserError: not a run, not trained to the end, its data is gone, an override cannot be, or the guide of
+        its reducer was trained otherwise.
     """
     spec = read_json(path / "spec.json")
     if not (path / "done.json").exists():
         raise UserError(f"{path}: training is not finished (no done.json); run `vlmscale train` again")
     cell, prepared = load_prepared(path)
     model, tower = build_model(cell, prepared.vocab_rows(cell)), prepared.tower(cell)
-    cell = override(replace(cell, mesh=MeshConfig()), overrides, ("evaluate", "mesh"))
+    cell = override(replace(cell, mesh=MeshConfig()), overrides, ("evaluate", "mesh", "reducer"))
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
-    mesh = choose_mesh([cell], prepared, functools.partial(loading_bytes, dtype=dtype))
+    mesh = mesh or choose_mesh([cell], prepared, functools.partial(loading_bytes, dtype=dtype))
     places = lay_out(cell, model, mesh, tower, dtype)
     checkpoints = Checkpoints.of(path, read_only=True)
     found = checkpoints.restore_latest({"params": places.trained})
@@ -130,12 +154,28 @@ def load_run(path: Path, dtype: Any = None, overrides: Sequence[str] = ()) -> Lo
     params["decoder"] = unstack(params["decoder"])
     used = params.pop("tower", None)
     ids = spec["cell_id"], spec.get("cohort_id", spec["cell_id"])
-    return LoadedRun(path, cell, spec["sweep"], *ids, prepared, params, used, mesh, dtype)
+    guide = _load_guide(cell, path, dtype, mesh)
+    return LoadedRun(path, cell, spec["sweep"], *ids, prepared, params, used, mesh, dtype, guide)
 
 
-def to_host(array: jax.Array, mesh: Mesh) -> np.ndarray:
-    """The whole of an array that may lie in parts on several devices, to every process."""
-    return np.asarray(jax.device_put(array, replicated(mesh)))
+def _load_guide(cell: Cell, path: Path, dtype: Any, mesh: Mesh) -> LoadedRun | None:
+    """The small model in front of a run's, which must read the same prompts and see the same tokens."""
+    if not cell.reducer.guide:
+        return None
+    guide = load_run(Path(cell.reducer.guide), dtype, mesh=mesh)
+    for part in ("data", "tower", "compressor"):
+        own, other = identity(getattr(cell, part)), identity(getattr(guide.cell, part))
+        for key in own.keys() | other.keys():
+            if own.get(key) != other.get(key):
+                raise UserError(
+                    f"reducer.guide={guide.path}: trained with another {part}.{key} than {path}; "
+                    "a guide reads the same prompts and sees the same visual tokens"
+                )
+    if cell.train.tower_rate or guide.cell.train.tower_rate:
+        raise UserError(
+            f"reducer.guide={guide.path}: it or {path} trained its tower; both must have the same"
+        )
+    return guide
 
 
 def embed_queries(run: LoadedRun, model: VLM, questions: list[str]) -> np.ndarray | None:

@@ -13,12 +13,12 @@ import numpy as np
 
 from vlmscale import __version__
 from vlmscale.compressors import COMPRESSORS, label, parse_options
-from vlmscale.config import Cell, DataConfig
-from vlmscale.cost import flops
+from vlmscale.config import Cell, DataConfig, reducer_label
 from vlmscale.cost.image import image_flops, sample_flops
 from vlmscale.evaluate.asking import Pass
 from vlmscale.evaluate.items import Task, first_question, prompt_of, text_tokens
 from vlmscale.evaluate.loaded import LoadedRun
+from vlmscale.evaluate.spent import spent
 from vlmscale.evaluate.tasks import Scored
 from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.records import ResultRow, git_commit, now, read_json
@@ -81,9 +81,8 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
     per_item = sum(item.images for item in task.items) / len(task.items) if costs.visual_tokens else 0.0
     queries = float(np.mean([len(template.query(first_question(item))) for item in task.items]))
     image = image_flops(cell, round(mean_tokens), round(text), queries)
-    prompt = text + mean_tokens * per_item
-    llm_flops = flops.inference_flops(llm, run.prepared.vocab_rows(cell), prompt, generated)
-    cached = prompt + max(generated - 1, 0)  # the last token is not fed back
+    reducer = reducer_label(cell) if costs.visual_tokens else None
+    took = spent(run, one, image, per_item)
     options = parse_options(cell.compressor.name, cell.compressor.options)
     chance = task.chance if task.chance is not None else scored.chance
     return ResultRow(
@@ -101,9 +100,9 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
         compressor_params=tree.count(run.params.get("compressor", {})),
         compressor_flops=image.compressor,
         query_pass_flops=image.query_pass,
-        reducer=None,
-        tokens_per_layer=prompt,
-        kv_bytes=round(2 * run.dtype.itemsize * llm.num_layers * llm.num_kv_heads * llm.head_dim * cached),
+        reducer=reducer,
+        tokens_per_layer=sum(took.layers) / len(took.layers),
+        kv_bytes=round(took.kv_bytes),
         visual_tokens=int(mean_tokens) if mean_tokens.is_integer() else mean_tokens,
         text_tokens_mean=text,
         gen_tokens_mean=generated,
@@ -113,7 +112,7 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
         stage_steps=[stage.train.steps for stage in stages(cell)],
         lr=cell.train.learning_rate,
         train_flops=round(costs.per_sample * samples_seen(run)),
-        infer_flops=round(per_item * sum(image) + llm_flops),
+        infer_flops=round(took.flops),
         latency_ms=None,
         device=read_json(run.path / "env.json")["device"],
         dtype=str(run.dtype),
@@ -131,7 +130,7 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
         details=scored.summary.details,
         chance=chance,
         blind_score=None if blind is None else blind.summary.score,
-        heldout_loss=costs.heldout_loss,
+        heldout_loss=costs.heldout_loss if reducer is None else None,  # it is of the plain model
         wall_s=read_json(run.path / "done.json")["wall_s"],
         vlmscale_version=__version__,
         git_commit=git_commit(),

@@ -6,6 +6,7 @@ it was, and scoring can be repeated without a model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vlmscale.compressors import COMPRESSORS
+from vlmscale.config import reducer_label
 from vlmscale.distributed import agree, barrier, leader
 from vlmscale.errors import UserError
 from vlmscale.evaluate.answers import Journal
@@ -154,7 +156,7 @@ def many_counts(run: LoadedRun) -> bool:
 def _pass(run: LoadedRun, task: Task, count: int) -> Pass:
     """A task at one count, with what was answered before."""
     own = run.cell.compressor.visual_tokens
-    told = (
+    told: tuple[Any, ...] = (
         run.cell_id,
         read_json(run.path / "done.json")["params_sha256"],
         prompt_id(run.cell, task),
@@ -163,6 +165,11 @@ def _pass(run: LoadedRun, task: Task, count: int) -> Pass:
     )
     plain = count == own and not many_counts(run)
     name = task.name if plain else f"{task.name}@{count}"
+    if count and (reducer := reducer_label(run.cell)) is not None:
+        told = (*told, reducer)
+        if run.guide is not None:
+            told = (*told, read_json(run.guide.path / "done.json")["params_sha256"])
+        name += f"~{run.cell.reducer.name}-{hashlib.sha256(reducer.encode()).hexdigest()[:8]}"
     keys = {item.id: key_of(item, task, told) for item in task.items}
     return Pass(task, count, Journal(run.path / "answers" / f"{name}.jsonl", keys))
 
@@ -193,16 +200,16 @@ def _rows(
 
 
 def _file_rows(run: LoadedRun, rows: Sequence[ResultRow]) -> None:
-    """Put rows into result.jsonl in place of those of the same task (and count, where there are many)."""
+    """Put rows into result.jsonl in place of those of the same task and reducer (and count, of many)."""
     nested = many_counts(run)
 
     def key(row: dict[str, Any]) -> Any:
-        return (row["task"], row["visual_tokens"]) if nested else row["task"]
+        return row["task"], row["reducer"], row["visual_tokens"] if nested else None
 
     results, fresh = run.path / "result.jsonl", [asdict(row) for row in rows]
     taken = {key(row) for row in fresh}
     others = [row for row in read_rows(results) if key(row) not in taken] if results.exists() else []
-    every = sorted(others + fresh, key=lambda row: (row["task"], row["visual_tokens"]))
+    every = sorted(others + fresh, key=lambda row: (row["task"], row["visual_tokens"], row["reducer"] or ""))
     write_lines(results, [json.dumps(row) for row in every])
 
 

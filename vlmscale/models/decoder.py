@@ -8,8 +8,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from vlmscale.attention import attend, rotate, split_lookup, split_rows
+from vlmscale.attention import attend, attention_weights, rotate, split_lookup, split_rows
 from vlmscale.layers import Axes, Linear, RMSNorm, named
+from vlmscale.models.cuts import Heads, Prefix, Reduction
+from vlmscale.models.ranking import received
 from vlmscale.models.sizes import DecoderSize
 
 LAYOUTS = ("scan", "loop")
@@ -23,11 +25,22 @@ REMAT: dict[str, Any] = {
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers, and which slots hold a token that may be seen."""
+    """Keys and values of all layers, and which slots hold a token that may be seen.
+
+    Layers between two cuts have one length S; behind a cut it is smaller by what no row of the batch kept.
+    """
 
     k: tuple[jax.Array, ...]  # a layer each: [B, K, S, D], the order in which attention reads them
     v: tuple[jax.Array, ...]
-    seen: jax.Array  # [B, S] bool
+    seen: tuple[jax.Array, ...]  # [B, S] bool, of the layers in front of the first cut, behind it, and so on
+    # [B, S] float32, attention that each slot's token received so far from watched ones: mean over heads,
+    # summed over layers. None where nobody watches.
+    received: jax.Array | None = None
+
+    @property
+    def slots(self) -> int:
+        """S of prompts that nothing was dropped from."""
+        return self.seen[0].shape[1]
 
 
 class Block(nn.Module):
@@ -67,11 +80,11 @@ class Block(nn.Module):
 
     def prefill(
         self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """As `__call__`, and the keys and values [B, K, T, D] for the cache."""
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+        """As `__call__`, and the rotated queries [B, T, H, D] and keys, and the values, [B, T, K, D]."""
         q, k, v = self._heads(x, positions)
         mixed = attend(q, k, v, causal=True, segment_ids=segment_ids, backend=self.attention)
-        return self._finish(x, mixed), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        return self._finish(x, mixed), (q, k, v)
 
     def extend(
         self,
@@ -80,15 +93,19 @@ class Block(nn.Module):
         positions: jax.Array,
         mask: jax.Array,
         slot: jax.Array,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """Keys and values of x [B, T, D] are written at `slot`; all slots are attended under `mask`."""
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, jax.Array]]:
+        """Keys and values of x [B, T, D] are written at `slot`; all slots are attended under `mask`.
+
+        Returns:
+          [B, T, D], the queries [B, T, H, D], and the longer cache.
+        """
         q, *new = self._heads(x, positions)
         k, v = (
             jax.lax.dynamic_update_slice(old, heads.swapaxes(1, 2).astype(old.dtype), (0, 0, slot, 0))
             for old, heads in zip(cache, new, strict=True)
         )
         mixed = attend(q, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
-        return self._finish(x, mixed), (k, v)
+        return self._finish(x, mixed), q, (k, v)
 
     def _heads(self, x: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Rotated queries [B, T, H, D] and keys, and values, [B, T, K, D]."""
@@ -112,7 +129,8 @@ class Decoder(nn.Module):
     code path. Two layouts of the same parameters: "scan" stacks those of all layers under `layers` and
     compiles one layer, for training; "loop" has `layers_0`, `layers_1`, ..., which generation needs: a
     scan would copy every weight out of its stack for every token. `unstack` leads from one to the other.
-    `attention` is the backend of training and prefill; a cache is always attended to with "xla".
+    `attention` is the backend of training and prefill; a cache is always attended to with "xla". `cuts` are
+    the layers in front of which a reducer drops visual tokens (`vlmscale.models.cuts`).
     """
 
     size: DecoderSize
@@ -121,6 +139,7 @@ class Decoder(nn.Module):
     layout: str = "scan"
     attention: str = "xla"
     remat: str = "block"
+    cuts: tuple[int, ...] = ()
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -188,6 +207,8 @@ class Decoder(nn.Module):
         valid: jax.Array,
         slots: int,
         holes: bool = False,
+        reduction: Reduction | None = None,
+        watched: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Run whole prompts and keep their keys and values. Needs the "loop" layout.
 
@@ -197,19 +218,38 @@ class Decoder(nn.Module):
           valid: [B, T] bool; False marks padding, which no other token sees.
           slots: length of the cache, at least T; the prompt takes the first T.
           holes: whether there may be padding inside the prompts, too.
+          reduction: what goes at the `cuts`; None for nothing.
+          watched: [B, T] bool, tokens whose attention is added up in the cache's `received`; not with cuts.
 
         Returns:
-          Hidden states [B, T, D] after the final norm, and the cache.
+          Hidden states [B, T', D] after the final norm, and the cache. T' is what the cuts leave of T.
         """
-        x, layers = embeddings, []
         free = slots - valid.shape[1]
-        # Padding behind the prompt is hidden by causal order alone.
-        segment_ids = valid.astype(jnp.int32) if holes else None
-        for layer in self.layers:
-            x, new = layer.prefill(x, positions, segment_ids)
-            layers.append(tuple(jnp.pad(heads, ((0, 0), (0, 0), (0, free), (0, 0))) for heads in new))
-        k, v = zip(*layers, strict=True)
-        return self.final_norm(x), KVCache(k, v, jnp.pad(valid, ((0, 0), (0, free))))
+        visual = jnp.zeros_like(valid) if reduction is None else reduction.visual & valid
+        tokens = Prefix(embeddings, positions, valid, visual, jnp.sum(visual, axis=1))
+        seen: list[jax.Array] = [valid]
+        keys: list[jax.Array] = []
+        values: list[jax.Array] = []
+        heads: Heads | None = None
+        total = jnp.zeros(valid.shape, jnp.float32)
+        for index, layer in enumerate(self.layers):
+            if index in self.cuts:
+                if reduction is not None:
+                    tokens = reduction.cut(self.cuts.index(index), tokens, heads)
+                    holes = reduction.form == "masked"
+                seen.append(tokens.valid)
+            # Padding behind the prompt is hidden by causal order alone.
+            segment_ids = tokens.valid.astype(jnp.int32) if holes else None
+            x, (q, k, v) = layer.prefill(tokens.x, tokens.positions, segment_ids)
+            tokens, heads = tokens._replace(x=x), Heads(q, k)
+            if watched is not None:
+                total = received(tokens, heads, watched, itself=True) + total
+            for stored, of_layer in ((keys, k), (values, v)):
+                stored.append(jnp.pad(of_layer.swapaxes(1, 2), ((0, 0), (0, 0), (0, free), (0, 0))))
+        wide = [jnp.pad(part, ((0, 0), (0, free))) for part in (*seen, total)]
+        sums = None if watched is None else wide[-1]
+        cache = KVCache(tuple(keys), tuple(values), tuple(wide[:-1]), sums)
+        return self.final_norm(tokens.x), cache
 
     def extend(
         self, embeddings: jax.Array, positions: jax.Array, valid: jax.Array, cache: KVCache, slot: jax.Array
@@ -221,22 +261,30 @@ class Decoder(nn.Module):
           positions: [B, T] int32.
           valid: [B, T] bool; False marks padding, which no later token sees.
           cache: what came before.
-          slot: first cache slot to write, the same for all rows.
+          slot: first cache slot to write, the same for all rows, counted as if nothing had been dropped. What
+            is not `valid` is not watched either.
 
         Returns:
           Hidden states [B, T, D] after the final norm, and the longer cache.
         """
-        length = embeddings.shape[1]
-        seen = jax.lax.dynamic_update_slice(cache.seen, valid, (0, slot))
-        slots = jnp.arange(cache.seen.shape[1])
-        causal = slots[None, :] <= slot + jnp.arange(length)[:, None]
-        mask = seen[:, None, :] & causal[None]
-        x, layers = embeddings, []
-        for layer, old in zip(self.layers, zip(cache.k, cache.v, strict=True), strict=True):
-            x, new = layer.extend(x, old, positions, mask, slot)
-            layers.append(new)
+        new = jnp.arange(embeddings.shape[1])
+        seen, places = [], []
+        for part in cache.seen:
+            first = slot - (cache.slots - part.shape[1])
+            now = jax.lax.dynamic_update_slice(part, valid, (0, first))
+            causal = jnp.arange(part.shape[1]) <= first + new[:, None]
+            seen.append(now)
+            places.append((now[:, None, :] & causal, first))
+        x, layers, total = embeddings, [], cache.received
+        for index, (layer, *old) in enumerate(zip(self.layers, cache.k, cache.v, strict=True)):
+            mask, first = places[sum(cut <= index for cut in self.cuts)]
+            x, q, stored = layer.extend(x, (old[0], old[1]), positions, mask, first)
+            layers.append(stored)
+            if total is not None:
+                weights = jnp.mean(attention_weights(q, stored[0].swapaxes(1, 2), mask), axis=1)
+                total = total + jnp.einsum("bts,bt->bs", weights, valid)
         k, v = zip(*layers, strict=True)
-        return self.final_norm(x), KVCache(k, v, seen)
+        return self.final_norm(x), KVCache(k, v, tuple(seen), total)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] to float32 logits [..., vocab]."""

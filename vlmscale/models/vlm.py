@@ -11,8 +11,10 @@ import jax.numpy as jnp
 from vlmscale.attention import split_rows
 from vlmscale.compressors import COMPRESSORS, Features, make_compressor
 from vlmscale.compressors.features import FusionText
+from vlmscale.models.cuts import Reduction
 from vlmscale.models.decoder import Decoder, KVCache
 from vlmscale.models.sizes import DecoderSize, TowerSize
+from vlmscale.reducers import ReducerSpec, make_reducer
 
 
 class Inputs(NamedTuple):
@@ -80,7 +82,7 @@ class VLM(nn.Module):
     `layout`, `attention` and `remat` are the decoder's: "scan" to train, "loop" to generate. `options` are
     the compressor's; `largest` is the count that a nested one was made for, 0 for `visual_tokens` itself.
     `block_rows` is how many rows share their images (`Inputs`), `full_rows` whether rows without an image may
-    be full (`narrow`).
+    be full (`narrow`). `reducer` drops visual tokens inside the decoder, in prefill and decoding alone.
     """
 
     decoder_size: DecoderSize
@@ -96,11 +98,16 @@ class VLM(nn.Module):
     largest: int = 0
     block_rows: int = 1
     full_rows: bool = False
+    reducer: ReducerSpec | None = None
 
     def setup(self) -> None:
         """Declare the parts."""
+        cuts: tuple[int, ...] = ()
+        if self.reducer is not None:
+            self.reducing = make_reducer(self.reducer, self.decoder_size.num_layers)
+            cuts = self.reducing.layers
         self.decoder = Decoder(
-            self.decoder_size, self.vocab_size, self.dtype, self.layout, self.attention, self.remat
+            self.decoder_size, self.vocab_size, self.dtype, self.layout, self.attention, self.remat, cuts
         )
         if self.visual_tokens:
             self.compressor = make_compressor(
@@ -192,12 +199,23 @@ class VLM(nn.Module):
         _, valid = self.compressor(inputs.features, query)
         return jnp.sum(valid, axis=1)
 
-    def prefill(self, inputs: Inputs, slots: int) -> tuple[jax.Array, KVCache, jax.Array]:
+    def prefill(
+        self,
+        inputs: Inputs,
+        slots: int,
+        given: jax.Array | None = None,
+        form: str = "compact",
+        watch: bool = False,
+    ) -> tuple[jax.Array, KVCache, jax.Array]:
         """Run the prompts into a new cache. Needs the "loop" layout, as `decode` does.
 
         Args:
-          inputs: right-padded prompts of one segment a row.
+          inputs: right-padded prompts of one segment a row. With a reducer each row has as many image slots
+            as the row with the most, or is that much shorter than T.
           slots: length of the cache: T and the tokens to come.
+          given: what the reducer takes from elsewhere, if anything.
+          form: of the reduction, `vlmscale.models.cuts.FORMS`.
+          watch: add up in the cache what attention tokens receive from the last visual one on.
 
         Returns:
           Float32 logits [B, vocab] behind each prompt's last token, the cache, and the position [B] of the
@@ -205,8 +223,19 @@ class VLM(nn.Module):
         """
         embeddings, positions, segment_ids, holes = self.embed(inputs)
         valid = segment_ids > 0
-        hidden, cache = self.decoder.prefill(embeddings, positions, valid, slots, holes)
-        last = jnp.sum(inputs.segment_ids > 0, axis=1) - 1  # of an image the last slot is never a hole
+        reduction = None
+        if self.reducer is not None and inputs.features is not None:
+            images = inputs.features.selected.shape[0] // inputs.tokens.shape[0]
+            visual = inputs.image_slots.astype(bool)
+            reduction = Reduction(self.reducing, visual, images * self.visual_tokens, given, form)
+        watched = None
+        if watch:
+            shown = inputs.image_slots.astype(bool) & valid
+            index = jnp.arange(valid.shape[1])
+            watched = index >= jnp.max(jnp.where(shown, index, -1), axis=1, keepdims=True)
+        hidden, cache = self.decoder.prefill(embeddings, positions, valid, slots, holes, reduction, watched)
+        there = cache.seen[-1][:, : hidden.shape[1]]  # of an image the last slot is never a hole
+        last = jnp.max(jnp.where(there, jnp.arange(hidden.shape[1]), 0), axis=1)
         behind = self.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
         return behind, cache, jnp.sum(valid, axis=1)
 
@@ -215,10 +244,19 @@ class VLM(nn.Module):
     ) -> tuple[jax.Array, KVCache]:
         """One more token a row: ids [B] at positions [B] into cache slot `slot`; logits [B, vocab]."""
         valid = jnp.ones((token.shape[0], 1), bool)
-        hidden, cache = self.decoder.extend(
-            self.decoder.embed(token[:, None]), position[:, None], valid, cache, slot
-        )
-        return self.decoder.logits(hidden[:, 0]), cache
+        logits, cache = self.read(token[:, None], position, valid, cache, slot)
+        return logits[:, 0], cache
+
+    def read(
+        self, tokens: jax.Array, position: jax.Array, valid: jax.Array, cache: KVCache, slot: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """More tokens a row at once: ids [B, T] from positions [B] on; logits [B, T, vocab] behind each.
+
+        Those that are not `valid` [B, T] are seen by none.
+        """
+        positions = position[:, None] + jnp.arange(tokens.shape[1])
+        hidden, cache = self.decoder.extend(self.decoder.embed(tokens), positions, valid, cache, slot)
+        return self.decoder.logits(hidden), cache
 
 
 def _join(rows: jax.Array, count: int) -> jax.Array:

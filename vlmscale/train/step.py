@@ -14,7 +14,7 @@ import optax
 from vlmscale import layers
 from vlmscale.compressors import COMPRESSORS, Features, parse_options
 from vlmscale.compressors.features import tower_features
-from vlmscale.config import Cell
+from vlmscale.config import Cell, reducer_of
 from vlmscale.data import images
 from vlmscale.models.decoder import head_table
 from vlmscale.models.sizes import SIZES, TOWERS, TowerSize
@@ -51,16 +51,18 @@ def build_model(cell: Cell, vocab_size: int, layout: str = "scan", visual_tokens
       visual_tokens: tokens of an image, for a nested compressor fewer than it was made for; None for all.
     """
     compressor = cell.compressor
+    tokens = compressor.visual_tokens if visual_tokens is None else visual_tokens
     return VLM(
         SIZES[cell.llm.name],
         vocab_size,
         compressor.name,
-        compressor.visual_tokens if visual_tokens is None else visual_tokens,
+        tokens,
         layout=layout,
         options=tuple(parse_options(compressor.name, compressor.options).items()),
         tower_size=TOWERS[cell.tower.name],
         largest=compressor.visual_tokens,
         full_rows=cell.data.row_length > 0,
+        reducer=reducer_of(cell) if tokens else None,
     )
 
 

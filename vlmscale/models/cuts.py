@@ -1,0 +1,141 @@
+"""Dropping visual tokens between two layers of a prefill: the mechanics that all reducers share.
+
+Two exact forms. "compact" gathers what stays, so that later layers and their caches are shorter; "masked"
+hides what goes and saves nothing. What stays keeps its position: holes in the positions remain, and a new
+token's position does not depend on what was dropped. The forms agree but for the order of sums.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from vlmscale.attention import split_rows
+
+FORMS = ("compact", "masked")
+
+
+class Prefix(NamedTuple):
+    """Prompts between two layers.
+
+    Attributes:
+      x: [B, T, D] hidden states.
+      positions: [B, T] int32, those of the whole prompt.
+      valid: [B, T] bool, the tokens that later ones see.
+      visual: [B, T] bool, those of them that show an image.
+      whole: [B] int32, how many of these the row had before any cut.
+    """
+
+    x: jax.Array
+    positions: jax.Array
+    valid: jax.Array
+    visual: jax.Array
+    whole: jax.Array
+
+    @property
+    def last(self) -> jax.Array:
+        """[B] int32, where the last token of each prompt is."""
+        return jnp.max(jnp.where(self.valid, jnp.arange(self.valid.shape[1]), 0), axis=1)
+
+
+class Heads(NamedTuple):
+    """Rotated queries [B, T, H, D] and keys [B, T, K, D] of the layer in front of a cut."""
+
+    q: jax.Array
+    k: jax.Array
+
+
+class Between(NamedTuple):
+    """What a reducer may read at a cut.
+
+    Attributes:
+      tokens: the prompts.
+      heads: of the layer in front; None in front of layer 0.
+      given: what the method takes from elsewhere, if anything.
+      slots: visual tokens that a row had at most before any cut.
+    """
+
+    tokens: Prefix
+    heads: Heads | None
+    given: jax.Array | None
+    slots: int
+
+
+class Ranking(NamedTuple):
+    """Which visual tokens stay: those of the highest scores [B, T] (float32), `counts` [B] of each row."""
+
+    score: jax.Array
+    counts: jax.Array
+
+
+class Reducer(Protocol):
+    """A method that drops visual tokens in front of some layers."""
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """In front of which, counted from 0 and ascending."""
+
+    def most(self, cut: int, slots: int) -> int:
+        """How many visual tokens a row has at most behind a cut, of `slots` that it had at first."""
+
+    def __call__(self, cut: int, at: Between) -> Ranking:
+        """What stays behind a cut."""
+
+
+class Reduction(NamedTuple):
+    """How one batch of prompts is reduced.
+
+    Attributes:
+      reducer: the method.
+      visual: [B, T] bool, tokens of images.
+      slots: image slots of a row. Each row has as many visual tokens, or is that much shorter than T.
+      given: what the method takes from elsewhere, if anything.
+      form: one of `FORMS`.
+    """
+
+    reducer: Reducer
+    visual: jax.Array
+    slots: int
+    given: jax.Array | None = None
+    form: str = "compact"
+
+    def cut(self, number: int, tokens: Prefix, heads: Heads | None) -> Prefix:
+        """The prompts behind a cut: if "compact", shorter by what no row keeps, and all padding last."""
+        keep = stays(tokens, self.reducer(number, Between(tokens, heads, self.given, self.slots)))
+        if self.form == "masked":
+            return tokens._replace(valid=keep, visual=tokens.visual & keep)
+        if self.form != "compact":
+            raise ValueError(f"reduction form {self.form}: one of {', '.join(FORMS)}")
+        before = self.slots if number == 0 else self.reducer.most(number - 1, self.slots)
+        return gather(tokens, keep, tokens.x.shape[1] - before + self.reducer.most(number, self.slots))
+
+
+def stays(tokens: Prefix, ranking: Ranking) -> jax.Array:
+    """Which tokens are there behind a cut: all text, and of each row the `counts` best visual tokens.
+
+    Of equal scores the earlier token is the better. A prompt's last token stays in any case, and counts: what
+    comes next is predicted there.
+
+    Returns:
+      [B, T] bool.
+    """
+    is_last = jnp.arange(tokens.valid.shape[1]) == tokens.last[:, None]
+    score = jnp.where(tokens.visual, ranking.score, -jnp.inf)
+    score = jnp.where(tokens.visual & is_last, jnp.inf, score)
+    # Visual tokens first, in order of their scores; a score may itself be infinite or no number.
+    order = jnp.lexsort((-score, ~tokens.visual), axis=1)
+    rank = jnp.argsort(order, axis=1)
+    return tokens.valid & (~tokens.visual | (rank < ranking.counts[:, None]))
+
+
+def gather(tokens: Prefix, keep: jax.Array, length: int) -> Prefix:
+    """The tokens that stay, in their order, in front of padding: [B, T] to [B, length]."""
+    order = jnp.argsort(~keep, axis=1, stable=True)[:, :length]
+
+    def take(values: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(values, order, axis=1)
+
+    x = split_rows(jnp.take_along_axis(tokens.x, order[:, :, None], axis=1))
+    return Prefix(x, take(tokens.positions), take(keep), take(tokens.visual & keep), tokens.whole)

@@ -1,0 +1,152 @@
+"""Methods that drop visual tokens inside the LLM: one file a method, one interface, one static table.
+
+A reducer is a Linen module as `vlmscale.models.cuts.Reducer` says: the layers in front of which it drops, how
+much stays at most, and at each cut a score of every token. `cuts` does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+from vlmscale.errors import UserError
+from vlmscale.models.cuts import Reducer
+from vlmscale.options import label, parse
+from vlmscale.reducers.fastv import SCORES, FastV
+from vlmscale.reducers.schedule import Schedule
+from vlmscale.reducers.sgl import SGL
+
+
+class ReducerSpec(NamedTuple):
+    """A reducer as a config names it.
+
+    Attributes:
+      name: of a row of `REDUCERS`.
+      layer: in front of which tokens go, counted from 0: so many layers see all of them.
+      keep: share of the visual tokens that stays.
+      schedule: share in each layer, in place of the two.
+      options: the choices of `parse`.
+    """
+
+    name: str
+    layer: int
+    keep: float
+    schedule: tuple[float, ...]
+    options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What records call it."""
+        reads = REDUCERS[self.name].reads
+        shown: dict[str, str] = {key: str(getattr(self, key)) for key in ("layer", "keep") if key in reads}
+        if "schedule" in reads:
+            shown["schedule"] = ",".join(
+                f"{float(share)}x{len(list(same))}" for share, same in groupby(self.schedule)
+            )
+        return label(self.name, shown | dict(self.options))
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the table.
+
+    Attributes:
+      build: makes the module, in an LLM of so many layers.
+      reads: the fields of the config that it reads.
+      options: the user's choices: name to allowed values, the default first.
+      first_layer: in front of which tokens may go.
+      given: whether it ranks by scores [B, T] from elsewhere.
+    """
+
+    build: Callable[[ReducerSpec, int], Reducer]
+    reads: tuple[str, ...]
+    options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    first_layer: int = 1
+    given: bool = False
+
+
+def _fastv(spec: ReducerSpec, num_layers: int) -> Reducer:
+    return FastV(spec.layer, spec.keep, **dict(spec.options))
+
+
+def _schedule(spec: ReducerSpec, num_layers: int) -> Reducer:
+    return Schedule(spec.schedule, num_layers, **dict(spec.options))
+
+
+def _sgl(spec: ReducerSpec, num_layers: int) -> Reducer:
+    return SGL(spec.layer, spec.keep)
+
+
+REDUCERS: dict[str, Method] = {
+    "fastv": Method(_fastv, ("layer", "keep"), {"score": SCORES}),
+    "g_search": Method(_schedule, ("schedule",), {"score": SCORES}),
+    "sgl": Method(_sgl, ("layer", "keep", "guide", "exit_above"), first_layer=0, given=True),
+}
+
+
+def make_reducer(spec: ReducerSpec, num_layers: int) -> Reducer:
+    """The module of a method, in an LLM of so many layers."""
+    return REDUCERS[spec.name].build(spec, num_layers)
+
+
+def read_options(name: str, text: str) -> tuple[tuple[str, str], ...]:
+    """The options of a method, for a spec.
+
+    Raises:
+      UserError: naming the method, the option or the value and what works.
+    """
+    return tuple(parse("reducer", REDUCERS, name, text).items())
+
+
+def check_reducer(spec: ReducerSpec, num_layers: int, visual_tokens: int) -> None:
+    """Refuse what cannot be done inside an LLM with so many visual tokens.
+
+    Raises:
+      UserError: naming the key and what works.
+    """
+    reads, first = REDUCERS[spec.name].reads, REDUCERS[spec.name].first_layer
+    if not visual_tokens:
+        raise UserError(f"reducer.name={spec.name}: a blind model has no visual tokens to drop")
+    if "layer" in reads and not first <= spec.layer < num_layers:
+        raise UserError(
+            f"reducer.layer={spec.layer}: {first} to {num_layers - 1} in an LLM of {num_layers} layers"
+        )
+    if "keep" in reads:
+        _check_share("keep", spec.keep)
+    if "schedule" in reads:
+        _check_schedule(spec.schedule, num_layers)
+
+
+def _check_share(key: str, share: float) -> None:
+    if not 0 < share <= 1:
+        raise UserError(f"reducer.{key}={share:g}: a share above 0 and at most 1")
+
+
+def _check_schedule(schedule: tuple[float, ...], num_layers: int) -> None:
+    if not 1 <= len(schedule) <= num_layers:
+        raise UserError(
+            f"reducer.schedule has {len(schedule)} shares: one a layer, 1 to {num_layers} of them; the last "
+            "holds for all further layers"
+        )
+    for share in schedule:
+        _check_share("schedule", share)
+    if schedule[0] != 1:
+        raise UserError(
+            f"reducer.schedule starts with {schedule[0]:g}: layer 0 sees all tokens, start with 1"
+        )
+    if any(after > before for before, after in pairwise(schedule)):
+        raise UserError("reducer.schedule: shares must not grow from layer to layer")
+
+
+__all__ = [
+    "REDUCERS",
+    "Method",
+    "Reducer",
+    "ReducerSpec",
+    "check_reducer",
+    "label",
+    "make_reducer",
+    "read_options",
+]
