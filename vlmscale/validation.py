@@ -195,6 +195,11 @@ def _check_reducer(cell: Cell) -> None:
     if spec is not None:
         for count in cell.evaluate.visual_tokens or (cell.compressor.visual_tokens,):
             check_reducer(spec, SIZES[cell.llm.name].num_layers, count)
+        if spec.patches is not None and cell.compressor.name != "mlp":
+            raise UserError(
+                f"reducer.options: patches=similar drops patches, which {cell.compressor.name} does not pass "
+                "on one by one as mlp does; take patches=all"
+            )
     elif cell.reducer.options:
         raise UserError(f"reducer.options={cell.reducer.options}: goes with reducer.name")
     if "guide" in reads and not cell.reducer.guide:

@@ -37,10 +37,16 @@ def scheduled(*shares: float, **options: str) -> ReducerSpec:
     return ReducerSpec("g_search", 0, 1.0, shares, tuple(options.items()))
 
 
+def sparse(layer: int = 2, **options: str) -> ReducerSpec:
+    return ReducerSpec("sparsity_similarity", layer, 1.0, (), tuple(options.items()))
+
+
 SPECS = {
     "fastv": fastv(),
     "fastv-received": fastv(3, 0.5, score="received"),
     "g_search": scheduled(1, 0.8, 0.8, 0.3),
+    "sparsity": sparse(),
+    "sparsity-inside": sparse(3, patches="all"),
     "g_search-received": scheduled(1, 1, 0.5, 0.2, 0.1, score="received"),
 }
 

@@ -10,15 +10,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.reducers.naive import Answered, Naive, best
-from tests.reducers.prompts import ADAPTIVE, MLP, SIZES, SPECS, fastv, make_model, make_prompts, scheduled
+from tests.reducers.prompts import (
+    ADAPTIVE,
+    MLP,
+    SIZES,
+    SPECS,
+    fastv,
+    make_model,
+    make_prompts,
+    scheduled,
+    sparse,
+)
 from vlmscale.evaluate.generation import make_generate, prompt_inputs
+from vlmscale.evaluate.rooms import Fitting, wide_enough
 from vlmscale.layers import abstract_params
 from vlmscale.models.cuts import Heads, Prefix, Ranking, gather, stays
 from vlmscale.models.ranking import received, share_of, shares_of
 from vlmscale.models.vlm import VLM
-from vlmscale.reducers import ReducerSpec, make_reducer
+from vlmscale.reducers import ReducerSpec, is_adaptive, make_reducer
+from vlmscale.reducers.sparsity import knee, similar_patches
 from vlmscale.sharding import make_mesh, place, put_batch
 
 every_reducer = pytest.mark.parametrize("name", SPECS)
@@ -74,7 +88,9 @@ def reference(name: str, model: VLM, params: Any, batch: dict[str, Any], row: in
     embedded = model.apply({"params": params}, prompt_inputs(batch), method="embed")
     there = np.flatnonzero(np.asarray(embedded.segment_ids)[row])
     visual = [at for at, place in enumerate(there) if batch["image_slots"][row, place]]
-    by_last = dict(spec.options).get("score", "last") == "last"
+    by_last = spec.score == "last"
+    if spec.name == "sparsity_similarity":
+        return naive_sparsity(model, params, batch, row, embedded, there, visual)
     shares = {spec.layer: spec.keep} if spec.name == "fastv" else dict(enumerate(spec.schedule))
     if spec.name == "fastv":
         cuts: Sequence[int] = [spec.layer]
@@ -99,6 +115,91 @@ def reference(name: str, model: VLM, params: Any, batch: dict[str, Any], row: in
     )
 
 
+def naive_sparsity(
+    model: VLM, params: Any, batch: Any, row: int, embedded: Any, there: np.ndarray, visual: list[int]
+) -> Answered:
+    """The second cut: at the knee of what the text behind the picture looks at."""
+    assert model.reducer is not None
+
+    def choose(cut: int, attention: np.ndarray | None, places: list[int]) -> list[int]:
+        assert attention is not None
+        if not places:
+            return []
+        mean = attention.mean(0)
+        text = [at for at in range(len(mean)) if at not in places and at > places[0]]
+        scores = {place: float(mean[text, place].sum()) for place in places}
+        return best(scores, knee_of(sorted(scores.values(), reverse=True)))
+
+    return Naive(params["decoder"], model.decoder_size).answer(
+        np.asarray(embedded.embeddings)[row, there],
+        np.asarray(embedded.positions)[row, there].tolist(),
+        visual,
+        [model.reducer.layer],
+        choose,
+        given_answers(len(batch["tokens"]))[row].tolist(),
+    )
+
+
+def knee_of(falling: list[float]) -> int:
+    """How many lie up to the point farthest below the chord."""
+    first, last, steps = falling[0], falling[-1], max(len(falling) - 1, 1)
+    below = [first + (last - first) * at / steps - value for at, value in enumerate(falling)]
+    return int(np.argmax(below)) + 1 if max(below) > 1e-6 * max(abs(first), abs(last)) else len(falling)
+
+
+@given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=9), st.integers(0, 3))
+def test_a_curve_is_cut_at_its_knee(scores: list[float], hidden: int) -> None:
+    padded = np.array([[*scores, *[5.0] * hidden]], np.float32)
+    counted = np.arange(padded.shape[1])[None] < len(scores)
+    falling = np.sort(padded[0, : len(scores)])[::-1].astype(float).tolist()
+    steps = max(len(falling) - 1, 1)
+    below = [falling[0] + (falling[-1] - falling[0]) * at / steps - value for at, value in enumerate(falling)]
+    found = int(knee(jnp.asarray(padded), jnp.asarray(counted))[0])
+    # Points equally far below but for rounding may be told apart either way.
+    assert 1 <= found <= len(scores)
+    assert below[found - 1] >= max(below) - 1e-5 or max(below) < 1e-5
+
+
+def test_curves_with_knees() -> None:
+    rows = np.array([[9, 8, 1, 0.5, 0], [0, 1, 2, 3, 4], [1, 1, 1, 1, 1], [1, 1, 1, 0, 1]], np.float32)
+    found = knee(jnp.asarray(rows), jnp.ones(rows.shape, bool))
+    np.testing.assert_array_equal(found, [3, 5, 5, 5])
+    np.testing.assert_array_equal(knee(jnp.asarray(rows[:1]), jnp.zeros((1, 5), bool)), [0])
+
+
+def test_patches_unlike_the_mean_stay_out(params_of: Callable[..., Any]) -> None:
+    patches = np.concatenate([np.tile([[1.0, 0.1]], (4, 1)), np.tile([[0.1, 1.0]], (2, 1))])[None]
+    np.testing.assert_array_equal(similar_patches(jnp.asarray(patches)), [[1, 1, 1, 1, 1, 0]])
+    params, batch = params_of(), make_prompts()
+    inputs = prompt_inputs(batch)
+    counts = make_model(sparse()).apply({"params": params}, inputs, method="visual_counts")
+    chosen = np.asarray(similar_patches(inputs.features.selected))
+    np.testing.assert_array_equal(counts, chosen.sum(1))
+    assert 1 <= counts.min() < 16
+    embedded = make_model(sparse()).apply({"params": params}, inputs, method="embed")
+    seen = np.asarray(embedded.segment_ids > 0) & (batch["image_slots"] > 0)
+    np.testing.assert_array_equal(seen.sum(1)[:3], counts[:3])
+
+
+def test_rooms_are_learned_and_what_does_not_fit_is_said_again(params_of: Callable[..., Any]) -> None:
+    params, batch = params_of(), jax.tree.map(jnp.asarray, make_prompts())
+    model, mesh = make_model(sparse(2, patches="all")), make_mesh(1, 1, 1, jax.devices()[:1])
+    wanted = make_generate(model, 4, (), form="masked")(params, batch)
+    fitting = Fitting(model, 4, (), mesh)
+    first = fitting(params, batch)
+    most = int(first.kept.max())
+    assert fitting.rooms == {16: (most,)} != {16: (16,)}
+    assert first.kept[3, 0] == 0, "the last has no picture"
+    for rooms in ({16: (most,)}, {16: (1,)}):
+        fitting.rooms = dict(rooms)
+        again = fitting(params, batch)
+        np.testing.assert_array_equal(again.ids, wanted)
+        np.testing.assert_array_equal(again.kept, first.kept)
+        assert fitting.rooms == {16: (most,)}
+    assert wide_enough([100, 31, 40], 576) == (108, 72, 72)
+    assert wide_enough([0], 16) == (1,)
+
+
 @every_reducer
 @every_form
 @pytest.mark.parametrize(
@@ -110,6 +211,8 @@ def test_kept_tokens_and_logits_are_those_of_the_naive_decoder(
     name: str, form: str, size: str, case: Any, params_of: Callable[..., Any]
 ) -> None:
     """Prompts of four lengths, one without a picture; 32 tokens behind each."""
+    if SPECS[name].patches is not None and case is not MLP:
+        pytest.skip("patches=similar is for mlp alone, and refused elsewhere")
     model, params, batch = make_model(SPECS[name], case, size), params_of(size, case), make_prompts(case)
     rows = len(batch["tokens"])
     logits, cache = answer(model, params, batch, given_answers(rows), form)
@@ -127,7 +230,7 @@ def test_kept_tokens_and_logits_are_those_of_the_naive_decoder(
                 before = np.cumsum(np.asarray(cache.seen[0])[row, : len(seen)]) - 1
                 found = before[np.flatnonzero(seen & (batch["image_slots"][row] > 0))]
                 np.testing.assert_array_equal(found, kept)
-    if form == "compact":
+    if form == "compact" and not is_adaptive(SPECS[name]):
         assert cache.k[-1].shape[2] < cache.k[0].shape[2]
 
 

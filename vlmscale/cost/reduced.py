@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vlmscale.cost.flops import score_flops
 from vlmscale.models.sizes import DecoderSize
 from vlmscale.reducers import REDUCERS, ReducerSpec, make_reducer
 
 
-def tokens_by_layer(spec: ReducerSpec | None, num_layers: int, text: float, visual: int) -> list[float]:
+def tokens_by_layer(
+    spec: ReducerSpec | None, num_layers: int, text: float, visual: int, kept: Sequence[int] = ()
+) -> list[float]:
     """Tokens of a prompt in each layer.
 
     Args:
@@ -15,12 +19,14 @@ def tokens_by_layer(spec: ReducerSpec | None, num_layers: int, text: float, visu
       num_layers: of the LLM.
       text: tokens of the prompt's text.
       visual: tokens of its images.
+      kept: of an adaptive method how many of them stay behind each cut.
     """
     left = [visual] * num_layers
     if spec is not None and visual:
         reducer = make_reducer(spec, num_layers)
         for cut, layer in enumerate(reducer.layers):
-            left[layer:] = [reducer.most(cut, visual)] * (num_layers - layer)
+            count = kept[cut] if kept else reducer.most(cut, visual)
+            left[layer:] = [count] * (num_layers - layer)
     return [text + tokens for tokens in left]
 
 
@@ -34,7 +40,7 @@ def ranking_flops(spec: ReducerSpec | None, size: DecoderSize, tokens: list[floa
     """
     if spec is None or REDUCERS[spec.name].given:
         return 0.0
-    whole = dict(spec.options).get("score") == "received"
+    whole = spec.score == "received"
     found = 0.0
     for layer in make_reducer(spec, size.num_layers).layers:
         there = tokens[layer - 1]

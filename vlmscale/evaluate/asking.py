@@ -22,7 +22,9 @@ from vlmscale.evaluate.generation import answer_length, make_generate, prompt_ba
 from vlmscale.evaluate.guided import GUIDE_QUERY, Guided, Reply
 from vlmscale.evaluate.items import Item, Task, first_question, prompt_of, text_tokens
 from vlmscale.evaluate.loaded import LoadedRun, embed_queries, visual_counts
+from vlmscale.evaluate.rooms import Fitting
 from vlmscale.models.sizes import SIZES
+from vlmscale.reducers import is_adaptive
 from vlmscale.sharding import put_batch, replicated, to_host
 from vlmscale.train.step import with_tower_outputs
 
@@ -172,13 +174,12 @@ class _Asker:
             count: make_generate(model, group.max_new_tokens, template.stop_ids, form=form)
             for count, model in self.models.items()
         }
-        self.guided: dict[int, Guided] = {}
-        if run.guide is not None and group.images:
-            self.guided = {
-                count: run.guided(count, generate, group.max_new_tokens)
-                for count, generate in self.generates.items()
-                if count
-            }
+        self.special: dict[int, Guided | Fitting] = {}  # counts that take more than one program
+        for count, model in self.models.items():
+            if run.guide is not None and group.images and count:
+                self.special[count] = run.guided(count, self.generates[count], group.max_new_tokens)
+            elif model.reducer is not None and form == "compact" and is_adaptive(model.reducer):
+                self.special[count] = Fitting(model, group.max_new_tokens, template.stop_ids, run.mesh)
         self.slots = max(1, group.images)
         seeing = max(group.counts) > 0
         self.tower = (run.any_tower() if group.files else run.tower) if seeing else None
@@ -186,7 +187,7 @@ class _Asker:
         model = self.models[max(group.counts)]
         self.queries = embed_queries(run, model, questions)
         self.guide_queries = None
-        if self.guided and run.guide is not None:
+        if self.special and run.guide is not None:
             self.guide_queries = embed_queries(run.guide, run.guide.model(max(group.counts)), questions)
         parts = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
         self.size = -(-min(run.cell.evaluate.batch_size, len(wanted)) // parts) * parts
@@ -284,18 +285,25 @@ class _Asker:
     def say(self, count: int, batch: dict[str, Any], rows: int) -> list[Said]:
         """What the model says to the rows of a batch."""
         template = self.run.prepared.template
-        if count in self.guided:
-            reply = self.guided[count](self.run.params, batch)
+        if count in self.special:
+            reply = self.special[count](self.run.params, batch)
         else:
             ids = to_host(self.generates[count](self.run.params, batch), self.run.mesh)
-            reply = Reply(ids, np.zeros(len(ids), int), np.zeros(len(ids), bool))
+            reply = Reply.of(ids)
         shown = np.broadcast_to(np.arange(self.slots) < self.group.images, (self.size, self.slots))
         given = visual_counts(self.run, self.models[count], batch, shown.size).reshape(shown.shape)
         counts = (shown * given).sum(1).tolist()
         ids, *rest = (part.tolist() for part in reply)
         return [
-            Said(template.decode(row), answer_length(row, template.stop_ids), taken, guided, exited)
-            for row, taken, guided, exited in list(zip(ids, counts, *rest, strict=True))[:rows]
+            Said(
+                template.decode(row),
+                answer_length(row, template.stop_ids),
+                taken,
+                guided,
+                exited,
+                tuple(kept),
+            )
+            for row, taken, guided, exited, kept in list(zip(ids, counts, *rest, strict=True))[:rows]
         ]
 
     def _shown(self, pictures: list[list[Picture]], rows: int) -> dict[str, np.ndarray]:

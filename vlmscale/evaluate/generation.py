@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from vlmscale.models.decoder import KVCache
 from vlmscale.models.vlm import VLM, Inputs
 from vlmscale.train.step import Params, model_inputs
 
-Generate = Callable[..., jax.Array]
+Generate = Callable[..., Any]  # to answer ids
 _COLDEST = 1e-4  # below it logits over the temperature could overflow
 # Number of the next token, the last one, answers so far, cache, tokens said so far.
 _Carry = tuple[jax.Array, jax.Array, jax.Array, KVCache, jax.Array]
@@ -83,6 +84,7 @@ def make_generate(
     stop_ids: tuple[int, ...],
     sampling: Sampling = GREEDY,
     form: str = "compact",
+    rooms: tuple[int, ...] | None = None,
 ) -> Generate:
     """A jitted function from (params, prompt batch[, seed]) to answer ids [B, max_new_tokens].
 
@@ -97,6 +99,9 @@ def make_generate(
       stop_ids: any of them ends a row; empty for rows of full length.
       sampling: greedy unless told otherwise.
       form: of what a reducer does, `vlmscale.models.cuts.FORMS`.
+      rooms: of an adaptive reducer (`vlmscale.models.cuts.Reduction`): beside the ids the function then gives
+        how many visual tokens each prompt kept behind each cut, [B, cuts]; the ids are right where there was
+        room for them.
 
     Raises:
       UserError: max_new_tokens below 1.
@@ -112,12 +117,12 @@ def make_generate(
         return said.at[jnp.arange(len(token)), token].set(True)
 
     @jax.jit
-    def generate(params: Params, batch: dict[str, jax.Array], seed: int = 0) -> jax.Array:
+    def generate(params: Params, batch: dict[str, jax.Array], seed: int = 0) -> Any:
         rows, length = batch["tokens"].shape
         given = batch.get("given")
         inputs = prompt_inputs({name: value for name, value in batch.items() if name != "given"})
         logits, cache, prompt_length = model.apply(
-            {"params": params}, inputs, length + max_new_tokens, given, form, method="prefill"
+            {"params": params}, inputs, length + max_new_tokens, given, form, rooms=rooms, method="prefill"
         )
         keys = jax.random.split(jax.random.key(seed), rows)
         said = (
@@ -145,10 +150,12 @@ def make_generate(
             token = jnp.where(ended(token), token, chosen)
             return index + 1, token, answers.at[:, index].set(token), cache, said
 
+        kept = cache.kept
         count, token, answers, *_ = jax.lax.while_loop(
             unfinished, one_more, (jnp.int32(1), token, answers, cache, said)
         )
-        return jnp.where(jnp.arange(max_new_tokens) < count, answers, token[:, None])
+        answers = jnp.where(jnp.arange(max_new_tokens) < count, answers, token[:, None])
+        return answers if rooms is None else (answers, jnp.stack(kept, axis=1))
 
     return generate
 

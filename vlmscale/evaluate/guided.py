@@ -133,11 +133,30 @@ def make_consistency(model: VLM) -> Callable[[Params, Batch, Guidance], jax.Arra
 
 
 class Reply(NamedTuple):
-    """Answers of two models: ids [B, T], tokens that the small one said [B], whether its answer stands."""
+    """What was said to a batch, and how.
+
+    Attributes:
+      ids: [B, T] answers.
+      guide_tokens: [B], tokens that a small model in front said.
+      exited: [B] bool, whether its answer stands.
+      kept: [B, cuts], visual tokens behind each cut of an adaptive reducer; of others no column.
+    """
 
     ids: np.ndarray
     guide_tokens: np.ndarray
     exited: np.ndarray
+    kept: np.ndarray
+
+    @staticmethod
+    def of(
+        ids: np.ndarray, guide_tokens: np.ndarray | None = None, exited: np.ndarray | None = None
+    ) -> Reply:
+        """That of one model, or of two."""
+        rows = len(ids)
+        tokens = np.zeros(rows, int) if guide_tokens is None else guide_tokens
+        return Reply(
+            ids, tokens, np.zeros(rows, bool) if exited is None else exited, np.zeros((rows, 0), int)
+        )
 
 
 @dataclass(frozen=True)
@@ -179,7 +198,7 @@ class Guided:
         rest = np.flatnonzero(~exited)
         if len(rest):
             ids[rest] = self._rest(params, own | {"given": guidance.scores}, rest)
-        return Reply(ids, count, exited)
+        return Reply.of(ids, count, exited)
 
     def _rest(self, params: Params, batch: Batch, rows: np.ndarray) -> np.ndarray:
         """The large model's answers to these rows, in a batch of few sizes, since each is compiled."""

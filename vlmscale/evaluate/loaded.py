@@ -204,7 +204,8 @@ def _embed_query(model: VLM, params: dict[str, Any], tokens: jax.Array, length: 
 def visual_counts(run: LoadedRun, model: VLM, batch: dict[str, Any], pictures: int) -> np.ndarray:
     """How many tokens each picture of a batch gives, [pictures]."""
     options = dict(model.options)
-    if model.visual_tokens and COMPRESSORS[model.compressor_name].adaptive(options):
+    chooses = model.reducer is not None and model.reducer.patches is not None
+    if model.visual_tokens and (chooses or COMPRESSORS[model.compressor_name].adaptive(options)):
         return to_host(_visual_counts(model, run.params, batch), run.mesh)
     return np.full(pictures, model.visual_tokens)
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from vlmscale import __version__
 from vlmscale.compressors import COMPRESSORS, label, parse_options
-from vlmscale.config import Cell, DataConfig, reducer_label
+from vlmscale.config import Cell, DataConfig, reducer_label, reducer_of
 from vlmscale.cost.image import image_flops, sample_flops
 from vlmscale.evaluate.asking import Pass
 from vlmscale.evaluate.items import Task, first_question, prompt_of, text_tokens
@@ -130,7 +130,7 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
         details=scored.summary.details,
         chance=chance,
         blind_score=None if blind is None else blind.summary.score,
-        heldout_loss=costs.heldout_loss if reducer is None else None,  # it is of the plain model
+        heldout_loss=costs.heldout_loss,
         wall_s=read_json(run.path / "done.json")["wall_s"],
         vlmscale_version=__version__,
         git_commit=git_commit(),
@@ -155,9 +155,12 @@ def prompt_id(cell: Cell, task: Task) -> str:
 def heldout_loss(run: LoadedRun, visual_tokens: int) -> float | None:
     """Loss per supervised token on the validation split with so many visual tokens; None without a split.
 
-    Training logs it at the end; of a nested compressor it logs what it trains, so there it is computed.
+    Training logs it at the end; of a nested compressor it logs what it trains, so there it is computed. None
+    with a reducer, too: what training logs is of the plain model.
     """
     cell, prepared = run.cell, run.prepared
+    if reducer_of(cell) is not None:
+        return None
     if "validation" not in prepared.manifest["records"]:
         return None
     if COMPRESSORS[cell.compressor.name].nested is None or not visual_tokens:

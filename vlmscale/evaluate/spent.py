@@ -20,6 +20,8 @@ from vlmscale.evaluate.loaded import LoadedRun
 from vlmscale.models.sizes import SIZES, DecoderSize
 from vlmscale.reducers import ReducerSpec
 
+Visual = Counter[tuple[int, tuple[int, ...]]]  # how often so many tokens of images, and so many behind cuts
+
 
 class Spent(NamedTuple):
     """Means over the answers of a pass.
@@ -50,7 +52,7 @@ def spent(run: LoadedRun, one: Pass, image: ImageFlops, images: float) -> Spent:
     own = [answer for answer in said if not answer.exited]
     share = len(own) / len(said) if said else 1.0
     reducer = reducer_of(cell) if one.visual_tokens else None
-    layers = _mean_layers(reducer, size, text, Counter(answer.visual_tokens for answer in own))
+    layers = _mean_layers(reducer, size, text, Counter((answer.visual_tokens, answer.kept) for answer in own))
     generated = _mean_tokens(answer.tokens for answer in own)
     llm = flops.inference_flops(size, run.prepared.vocab_rows(cell), layers, generated)
     llm += ranking_flops(reducer, size, layers)
@@ -70,7 +72,7 @@ def _in_front(
 ) -> Spent:
     """What the guide takes for an answer; the tower has run already."""
     size, rows = SIZES[guide.cell.llm.name], guide.prepared.vocab_rows(guide.cell)
-    visual = Counter(answer.visual_tokens for answer in said)
+    visual: Visual = Counter((answer.visual_tokens, ()) for answer in said)
     steps = _mean_tokens(answer.guide_tokens for answer in said)
     layers = _mean_layers(None, size, text, visual)
     query = run.prepared.template.query
@@ -97,13 +99,11 @@ def _mean_tokens(counts: Iterable[int]) -> float:
     return float(np.mean(found)) if found else 0.0
 
 
-def _mean_layers(
-    reducer: ReducerSpec | None, size: DecoderSize, text: float, visual: Counter[int]
-) -> list[float]:
-    """Mean tokens of prompts in each layer, by how many visual tokens they have."""
+def _mean_layers(reducer: ReducerSpec | None, size: DecoderSize, text: float, visual: Visual) -> list[float]:
+    """Mean tokens of prompts in each layer, by how many visual tokens they have, and keep."""
     if not visual:
         return [text] * size.num_layers
-    each = [tokens_by_layer(reducer, size.num_layers, text, tokens) for tokens in visual]
+    each = [tokens_by_layer(reducer, size.num_layers, text, *tokens) for tokens in visual]
     mean: list[float] = np.average(np.array(each), axis=0, weights=list(visual.values())).tolist()
     return mean
 

@@ -93,6 +93,8 @@ class Reduction(NamedTuple):
       slots: image slots of a row. Each row has as many visual tokens, or is that much shorter than T.
       given: what the method takes from elsewhere, if anything.
       form: one of `FORMS`.
+      rooms: places for visual tokens behind each cut, not growing from one to the next. Where a row keeps
+        more, what the prefill gives is wrong: look at the counts. None for what the method keeps at most.
     """
 
     reducer: Reducer
@@ -100,16 +102,24 @@ class Reduction(NamedTuple):
     slots: int
     given: jax.Array | None = None
     form: str = "compact"
+    rooms: tuple[int, ...] | None = None
 
-    def cut(self, number: int, tokens: Prefix, heads: Heads | None) -> Prefix:
-        """The prompts behind a cut: if "compact", shorter by what no row keeps, and all padding last."""
+    def cut(self, number: int, tokens: Prefix, heads: Heads | None) -> tuple[Prefix, jax.Array]:
+        """Past one cut.
+
+        Returns:
+          The prompts, if "compact" shorter by what there is no room for, and all padding last; and how many
+          visual tokens [B] of each stay.
+        """
         keep = stays(tokens, self.reducer(number, Between(tokens, heads, self.given, self.slots)))
+        count = jnp.sum(keep & tokens.visual, axis=1)
         if self.form == "masked":
-            return tokens._replace(valid=keep, visual=tokens.visual & keep)
+            return tokens._replace(valid=keep, visual=tokens.visual & keep), count
         if self.form != "compact":
             raise ValueError(f"reduction form {self.form}: one of {', '.join(FORMS)}")
-        before = self.slots if number == 0 else self.reducer.most(number - 1, self.slots)
-        return gather(tokens, keep, tokens.x.shape[1] - before + self.reducer.most(number, self.slots))
+        rooms = [self.reducer.most(cut, self.slots) for cut in range(number + 1)]
+        rooms = [self.slots, *(rooms if self.rooms is None else self.rooms)]
+        return gather(tokens, keep, tokens.x.shape[1] - rooms[number] + rooms[number + 1]), count
 
 
 def stays(tokens: Prefix, ranking: Ranking) -> jax.Array:

@@ -36,6 +36,7 @@ class KVCache(NamedTuple):
     # [B, S] float32, attention that each slot's token received so far from watched ones: mean over heads,
     # summed over layers. None where nobody watches.
     received: jax.Array | None = None
+    kept: tuple[jax.Array, ...] = ()  # [B] int32, visual tokens of each prompt behind each cut
 
     @property
     def slots(self) -> int:
@@ -228,6 +229,7 @@ class Decoder(nn.Module):
         visual = jnp.zeros_like(valid) if reduction is None else reduction.visual & valid
         tokens = Prefix(embeddings, positions, valid, visual, jnp.sum(visual, axis=1))
         seen: list[jax.Array] = [valid]
+        kept: list[jax.Array] = []
         keys: list[jax.Array] = []
         values: list[jax.Array] = []
         heads: Heads | None = None
@@ -235,7 +237,8 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             if index in self.cuts:
                 if reduction is not None:
-                    tokens = reduction.cut(self.cuts.index(index), tokens, heads)
+                    tokens, count = reduction.cut(self.cuts.index(index), tokens, heads)
+                    kept.append(count)
                     holes = reduction.form == "masked"
                 seen.append(tokens.valid)
             # Padding behind the prompt is hidden by causal order alone.
@@ -248,7 +251,7 @@ class Decoder(nn.Module):
                 stored.append(jnp.pad(of_layer.swapaxes(1, 2), ((0, 0), (0, 0), (0, free), (0, 0))))
         wide = [jnp.pad(part, ((0, 0), (0, free))) for part in (*seen, total)]
         sums = None if watched is None else wide[-1]
-        cache = KVCache(tuple(keys), tuple(values), tuple(wide[:-1]), sums)
+        cache = KVCache(tuple(keys), tuple(values), tuple(wide[:-1]), sums, tuple(kept))
         return self.final_norm(tokens.x), cache
 
     def extend(
@@ -284,7 +287,7 @@ class Decoder(nn.Module):
                 weights = jnp.mean(attention_weights(q, stored[0].swapaxes(1, 2), mask), axis=1)
                 total = total + jnp.einsum("bts,bt->bs", weights, valid)
         k, v = zip(*layers, strict=True)
-        return self.final_norm(x), KVCache(k, v, tuple(seen), total)
+        return self.final_norm(x), KVCache(k, v, tuple(seen), total, cache.kept)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states [..., D] to float32 logits [..., vocab]."""

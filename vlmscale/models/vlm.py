@@ -148,8 +148,10 @@ class VLM(nn.Module):
             visual, valid = self.compressor(inputs.features, query)
         if visual.shape[1] != self.visual_tokens:
             raise ValueError(f"the image gives {visual.shape[1]} tokens, the model has {self.visual_tokens}")
+        chosen = self.choose_patches(inputs.features)
+        valid = valid if chosen is None else valid & chosen
         slots, most = inputs.image_slots, inputs.visual_count
-        holes = method.adaptive(dict(self.options)) or most is not None
+        holes = method.adaptive(dict(self.options)) or most is not None or chosen is not None
         if holes:
             visual, valid = holes_first(visual, valid, most)
         embeddings, filled = splice(embeddings, split_rows(visual), valid, slots)
@@ -197,7 +199,14 @@ class VLM(nn.Module):
         """How many tokens each image gives: [N] int32, of which only an adaptive method's differ."""
         query = self._query(inputs) if COMPRESSORS[self.compressor_name].text == "query" else None
         _, valid = self.compressor(inputs.features, query)
-        return jnp.sum(valid, axis=1)
+        chosen = self.choose_patches(inputs.features)
+        return jnp.sum(valid if chosen is None else valid & chosen, axis=1)
+
+    def choose_patches(self, features: Features | None) -> jax.Array | None:
+        """Which visual tokens [N, V] a reducer lets into the LLM, of a compressor that passes patches on."""
+        if self.reducer is None or self.reducer.patches is None or features is None:
+            return None
+        return self.reducer.patches(features.selected)
 
     def prefill(
         self,
@@ -206,6 +215,7 @@ class VLM(nn.Module):
         given: jax.Array | None = None,
         form: str = "compact",
         watch: bool = False,
+        rooms: tuple[int, ...] | None = None,
     ) -> tuple[jax.Array, KVCache, jax.Array]:
         """Run the prompts into a new cache. Needs the "loop" layout, as `decode` does.
 
@@ -215,6 +225,7 @@ class VLM(nn.Module):
           slots: length of the cache: T and the tokens to come.
           given: what the reducer takes from elsewhere, if anything.
           form: of the reduction, `vlmscale.models.cuts.FORMS`.
+          rooms: of an adaptive reducer, `vlmscale.models.cuts.Reduction`.
           watch: add up in the cache what attention tokens receive from the last visual one on.
 
         Returns:
@@ -227,7 +238,7 @@ class VLM(nn.Module):
         if self.reducer is not None and inputs.features is not None:
             images = inputs.features.selected.shape[0] // inputs.tokens.shape[0]
             visual = inputs.image_slots.astype(bool)
-            reduction = Reduction(self.reducing, visual, images * self.visual_tokens, given, form)
+            reduction = Reduction(self.reducing, visual, images * self.visual_tokens, given, form, rooms)
         watched = None
         if watch:
             shown = inputs.image_slots.astype(bool) & valid

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
+import jax
+
 from vlmscale.errors import UserError
 from vlmscale.models.cuts import Reducer
 from vlmscale.options import label, parse
 from vlmscale.reducers.fastv import SCORES, FastV
 from vlmscale.reducers.schedule import Schedule
 from vlmscale.reducers.sgl import SGL
+from vlmscale.reducers.sparsity import SparsitySimilarity, similar_patches
 
 
 class ReducerSpec(NamedTuple):
@@ -35,6 +38,16 @@ class ReducerSpec(NamedTuple):
     keep: float
     schedule: tuple[float, ...]
     options: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def score(self) -> str:
+        """What ranks, of `vlmscale.reducers.fastv.SCORES`."""
+        return dict(self.options).get("score", REDUCERS[self.name].score)
+
+    @property
+    def patches(self) -> Callable[[jax.Array], jax.Array] | None:
+        """As `Method.patches`, where the options want it."""
+        return None if dict(self.options).get("patches") == "all" else REDUCERS[self.name].patches
 
     @property
     def label(self) -> str:
@@ -58,6 +71,10 @@ class Method:
       options: the user's choices: name to allowed values, the default first.
       first_layer: in front of which tokens may go.
       given: whether it ranks by scores [B, T] from elsewhere.
+      patches: of tower outputs [N, P, C] those that go on to the LLM at all, [N, P] bool; None for all. The
+        option "patches=all" leaves that away.
+      score: what ranks, `vlmscale.reducers.fastv.SCORES`, where that is no option.
+      adaptive: whether how many stay depends on the prompt.
     """
 
     build: Callable[[ReducerSpec, int], Reducer]
@@ -65,6 +82,9 @@ class Method:
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     first_layer: int = 1
     given: bool = False
+    patches: Callable[[jax.Array], jax.Array] | None = None
+    score: str = "last"
+    adaptive: bool = False
 
 
 def _fastv(spec: ReducerSpec, num_layers: int) -> Reducer:
@@ -75,6 +95,10 @@ def _schedule(spec: ReducerSpec, num_layers: int) -> Reducer:
     return Schedule(spec.schedule, num_layers, **dict(spec.options))
 
 
+def _sparsity(spec: ReducerSpec, num_layers: int) -> Reducer:
+    return SparsitySimilarity(spec.layer)
+
+
 def _sgl(spec: ReducerSpec, num_layers: int) -> Reducer:
     return SGL(spec.layer, spec.keep)
 
@@ -82,6 +106,14 @@ def _sgl(spec: ReducerSpec, num_layers: int) -> Reducer:
 REDUCERS: dict[str, Method] = {
     "fastv": Method(_fastv, ("layer", "keep"), {"score": SCORES}),
     "g_search": Method(_schedule, ("schedule",), {"score": SCORES}),
+    "sparsity_similarity": Method(
+        _sparsity,
+        ("layer",),
+        {"patches": ("similar", "all")},
+        patches=similar_patches,
+        score="received",
+        adaptive=True,
+    ),
     "sgl": Method(_sgl, ("layer", "keep", "guide", "exit_above"), first_layer=0, given=True),
 }
 
@@ -89,6 +121,11 @@ REDUCERS: dict[str, Method] = {
 def make_reducer(spec: ReducerSpec, num_layers: int) -> Reducer:
     """The module of a method, in an LLM of so many layers."""
     return REDUCERS[spec.name].build(spec, num_layers)
+
+
+def is_adaptive(spec: ReducerSpec) -> bool:
+    """Whether how many visual tokens stay depends on the prompt."""
+    return REDUCERS[spec.name].adaptive
 
 
 def read_options(name: str, text: str) -> tuple[tuple[str, str], ...]:
@@ -146,6 +183,7 @@ __all__ = [
     "Reducer",
     "ReducerSpec",
     "check_reducer",
+    "is_adaptive",
     "label",
     "make_reducer",
     "read_options",

@@ -1,0 +1,72 @@
+"""Answers with a reducer whose counts depend on the prompt, by compiled programs of few sizes.
+
+A program has a fixed number of places behind each cut. The first batch is answered with room for all and says
+how many were needed; the next ones get as many, to the next sixteenth of all. Where a prompt needs more, its
+batch is answered once more: what is said does not depend on the rooms.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from jax.sharding import Mesh
+
+from vlmscale.evaluate.generation import make_generate
+from vlmscale.evaluate.guided import Batch, Reply
+from vlmscale.models.vlm import VLM
+from vlmscale.reducers import make_reducer
+from vlmscale.sharding import to_host
+from vlmscale.train.step import Params
+
+_SIZES = 16  # of a room, up to all slots
+
+
+@dataclass
+class Fitting:
+    """Answers prompts of one number of pictures.
+
+    Attributes:
+      model: with an adaptive reducer, in the "loop" layout.
+      max_new_tokens, stop_ids: of `make_generate`.
+      mesh: what batches lie on.
+      rooms: for each number of slots, what was enough so far.
+    """
+
+    model: VLM
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    mesh: Mesh
+    rooms: dict[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def __call__(self, params: Params, batch: Batch) -> Reply:
+        """Answer a prompt batch."""
+        assert self.model.reducer is not None
+        slots = batch["selected"].shape[0] // batch["tokens"].shape[0] * self.model.visual_tokens
+        cuts = len(make_reducer(self.model.reducer, self.model.decoder_size.num_layers).layers)
+        rooms = self.rooms.get(slots, (slots,) * cuts)
+        ids, kept = self._answer(params, batch, rooms)
+        known = self.rooms.get(slots, (0,) * cuts)
+        needed = wide_enough([max(pair) for pair in zip(kept.max(0).tolist(), known, strict=True)], slots)
+        if (kept.max(0) > rooms).any():
+            # What a later cut keeps is known for sure only where the earlier ones had room.
+            ids, kept = self._answer(params, batch, (slots,) * cuts)
+            needed = wide_enough([max(pair) for pair in zip(kept.max(0).tolist(), known, strict=True)], slots)
+        self.rooms[slots] = needed
+        return Reply(ids, np.zeros(len(ids), int), np.zeros(len(ids), bool), kept)
+
+    def _answer(self, params: Params, batch: Batch, rooms: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        run = make_generate(self.model, self.max_new_tokens, self.stop_ids, rooms=rooms)
+        ids, kept = run(params, batch)
+        return to_host(ids, self.mesh), to_host(kept, self.mesh)
+
+
+def wide_enough(needed: list[int], slots: int) -> tuple[int, ...]:
+    """Rooms for so many tokens: whole sixteenths of the slots, none larger than the one before."""
+    step = math.ceil(slots / _SIZES)
+    rooms: list[int] = []
+    for count in reversed(needed):
+        room = min(max(math.ceil(count / step), 1) * step, slots)
+        rooms.append(max([room, *rooms[-1:]]))
+    return tuple(reversed(rooms))
