@@ -202,12 +202,12 @@ class Cell:
 
     tower: TowerConfig = field(default_factory=TowerConfig)
     compressor: CompressorConfig = field(default_factory=CompressorConfig)
-    reducer: ReducerConfig = field(default_factory=ReducerConfig)
     llm: LLMConfig = field(default_factory=LLMConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    reducer: ReducerConfig = field(default_factory=ReducerConfig)
 
 
 @dataclass
