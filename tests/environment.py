@@ -9,11 +9,12 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
 # Most of a test is compilation: programs run for less time than it takes to make them fast, and one that
-# repeats, in this process, a neighbour's or one that a test starts, is compiled once.
+# repeats, in this process, a neighbour's or one that a test starts, is compiled once. Eight devices on two
+# busy cores may wait for each other longer than the 40 s after which XLA ends the process.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_parallel_codegen_split_count=1 --xla_cpu_collective_call_terminate_timeout_seconds=600",
 )
 # Made by the process that starts the others, which have it from there.
 PROGRAMS = "" if "JAX_COMPILATION_CACHE_DIR" in os.environ else tempfile.mkdtemp(prefix="vlmscale-programs-")

@@ -18,7 +18,7 @@ from vlmscale.cost.image import image_flops, sample_flops
 from vlmscale.evaluate.asking import Pass
 from vlmscale.evaluate.items import Task, first_question, prompt_of, text_tokens
 from vlmscale.evaluate.loaded import LoadedRun
-from vlmscale.evaluate.spent import spent
+from vlmscale.evaluate.spent import Prompts, spent
 from vlmscale.evaluate.tasks import Scored
 from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.records import ResultRow, git_commit, now, read_json
@@ -82,7 +82,7 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
     queries = float(np.mean([len(template.query(first_question(item))) for item in task.items]))
     image = image_flops(cell, round(mean_tokens), round(text), queries)
     reducer = reducer_label(cell) if costs.visual_tokens else None
-    took = spent(run, one, image, per_item)
+    took = spent(run, one, image, Prompts(text, per_item, queries))
     options = parse_options(cell.compressor.name, cell.compressor.options)
     chance = task.chance if task.chance is not None else scored.chance
     return ResultRow(

@@ -15,7 +15,6 @@ from vlmscale.cost.reduced import ranking_flops, tokens_by_layer
 from vlmscale.evaluate.answers import Said
 from vlmscale.evaluate.asking import Pass
 from vlmscale.evaluate.guided import CONSISTENCY
-from vlmscale.evaluate.items import first_question, prompt_of, text_tokens
 from vlmscale.evaluate.loaded import LoadedRun
 from vlmscale.models.sizes import SIZES, DecoderSize
 from vlmscale.reducers import ReducerSpec
@@ -37,17 +36,24 @@ class Spent(NamedTuple):
     flops: float
 
 
-def spent(run: LoadedRun, one: Pass, image: ImageFlops, images: float) -> Spent:
+class Prompts(NamedTuple):
+    """Means over the items of a task: tokens of text, images, and tokens of the question."""
+
+    text: float
+    images: float
+    question: float
+
+
+def spent(run: LoadedRun, one: Pass, image: ImageFlops, prompts: Prompts) -> Spent:
     """That of a pass.
 
     Args:
       run: that answered.
       one: the task, and what was said.
       image: what an image costs in front of the run's LLM.
-      images: of an item, in the mean.
+      prompts: what was asked.
     """
-    cell, size = run.cell, SIZES[run.cell.llm.name]
-    text = _mean_text(run, one)
+    cell, size, (text, images, _) = run.cell, SIZES[run.cell.llm.name], prompts
     said = [answer for item in one.task.items if (answer := one.journal.said.get(item.id)) is not None]
     own = [answer for answer in said if not answer.exited]
     share = len(own) / len(said) if said else 1.0
@@ -62,22 +68,19 @@ def spent(run: LoadedRun, one: Pass, image: ImageFlops, images: float) -> Spent:
     if run.guide is None or not asked:
         return Spent(layers, kv_bytes, seen + llm)
     guided = len(asked) / len(said)
-    front = _in_front(run, run.guide, one, text, asked, images / guided)
+    front = _in_front(run, run.guide, one, asked, prompts._replace(images=images / guided))
     kv_bytes = share * kv_bytes + (1 - share) * front.kv_bytes
     return Spent(layers, kv_bytes, seen + guided * front.flops + share * llm)
 
 
-def _in_front(
-    run: LoadedRun, guide: LoadedRun, one: Pass, text: float, said: Sequence[Said], images: float
-) -> Spent:
+def _in_front(run: LoadedRun, guide: LoadedRun, one: Pass, said: Sequence[Said], prompts: Prompts) -> Spent:
     """What the guide takes for an answer; the tower has run already."""
+    text, images, question = prompts
     size, rows = SIZES[guide.cell.llm.name], guide.prepared.vocab_rows(guide.cell)
     visual: Visual = Counter((answer.visual_tokens, ()) for answer in said)
     steps = _mean_tokens(answer.guide_tokens for answer in said)
     layers = _mean_layers(None, size, text, visual)
-    query = run.prepared.template.query
-    queries = float(np.mean([len(query(first_question(item))) for item in one.task.items]))
-    image = image_flops(guide.cell, one.visual_tokens, round(text), queries)
+    image = image_flops(guide.cell, one.visual_tokens, round(text), question)
     # It looks at its attention a second time: at that of the text behind the image, and of what it says.
     again = flops.score_flops(size, text, layers[0] - text, True)
     again += flops.score_flops(size, max(steps - 1, 0), layers[0], True)
@@ -87,11 +90,6 @@ def _in_front(
         total += flops.inference_flops(size, rows, few, steps + 1)  # all of the answer is fed
     total += images * (image.compressor + image.query_pass)
     return Spent(layers, _cache(run, size, layers, steps), total)
-
-
-def _mean_text(run: LoadedRun, one: Pass) -> float:
-    template = run.prepared.template
-    return float(np.mean([text_tokens(prompt_of(item, template)) for item in one.task.items]))
 
 
 def _mean_tokens(counts: Iterable[int]) -> float:
