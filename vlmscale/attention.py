@@ -30,6 +30,7 @@ def attend(
     *,
     causal: bool = False,
     segment_ids: Array | None = None,
+    bias: Array | None = None,
     backend: str = "xla",
 ) -> Array:
     """Scaled dot-product attention with grouped keys; softmax in float32.
@@ -47,6 +48,7 @@ def attend(
       causal: query t sees the keys s <= t alone; T must equal S.
       segment_ids: [B, T] int, 0 for padding: a query sees the keys of its own id alone, those in the padding
         each other, so no row is without a key. T must equal S.
+      bias: [B, S] float32, added to the scores of each key. For xla alone.
       backend: a name from the table above.
 
     Returns:
@@ -61,7 +63,9 @@ def attend(
     _check_lengths(q, k, causal, segment_ids)
     chosen = BACKENDS[backend]
     if not chosen.fused:
-        return chosen.run(q, k, v, mask, segment_ids, causal=causal)
+        return chosen.run(q, k, v, mask, segment_ids, bias, causal=causal)
+    if bias is not None:
+        raise ValueError(f"attention backend {backend!r} adds nothing to scores: use 'xla'")
     _check_fused(backend, q, k, v, mask)
     run = partial(chosen.run, causal=causal)
     axes = _mesh_axes()
@@ -80,7 +84,7 @@ def attend(
     )(q, k, v, mask, segment_ids)
 
 
-def attention_weights(q: Array, k: Array, mask: Array | None = None) -> Array:
+def attention_weights(q: Array, k: Array, mask: Array | None = None, bias: Array | None = None) -> Array:
     """The probabilities with which `attend` (backend "xla") mixes the values.
 
     Args:
@@ -88,24 +92,32 @@ def attention_weights(q: Array, k: Array, mask: Array | None = None) -> Array:
       k: [B, S, K, D] keys, H a multiple of K (grouped-query attention).
       mask: [B, T, S] bool, True where query t may see key s; None for full attention. A row without
         any True is uniform, never a NaN.
+      bias: [B, S] float32, added to the scores of each key.
 
     Returns:
       [B, H, T, S] float32; each row sums to 1.
     """
     batch, length, num_heads, _ = q.shape
-    return _grouped_weights(q, k, mask).reshape(batch, num_heads, length, k.shape[1])
+    return _grouped_weights(q, k, mask, bias).reshape(batch, num_heads, length, k.shape[1])
 
 
 def _xla(
-    q: Array, k: Array, v: Array, mask: Array | None, segment_ids: Array | None, *, causal: bool
+    q: Array,
+    k: Array,
+    v: Array,
+    mask: Array | None,
+    segment_ids: Array | None,
+    bias: Array | None,
+    *,
+    causal: bool,
 ) -> Array:
     batch, length, num_heads, head_dim = q.shape
-    weights = _grouped_weights(q, k, _joint_mask(mask, segment_ids, causal, length))
+    weights = _grouped_weights(q, k, _joint_mask(mask, segment_ids, causal, length), bias)
     mixed = jnp.einsum("bkts,bksd->bktd", weights.astype(v.dtype), v.swapaxes(1, 2))
     return mixed.reshape(batch, num_heads, length, head_dim).swapaxes(1, 2)
 
 
-def _grouped_weights(q: Array, k: Array, mask: Array | None) -> Array:
+def _grouped_weights(q: Array, k: Array, mask: Array | None, bias: Array | None) -> Array:
     """Softmax of the scaled scores: [B, K, H/K*T, S] float32, the heads of a group one after another."""
     batch, length, _, head_dim = q.shape
     num_kv_heads, slots = k.shape[2], k.shape[1]
@@ -119,6 +131,8 @@ def _grouped_weights(q: Array, k: Array, mask: Array | None) -> Array:
     )
     k = k.swapaxes(1, 2)
     scores = jnp.einsum("bktd,bksd->bkts", q, k, preferred_element_type=jnp.float32) * (head_dim**-0.5)
+    if bias is not None:
+        scores += bias[:, None, None]
     if mask is not None:
         grouped = scores.reshape(batch, num_kv_heads, -1, length, slots)
         scores = jnp.where(mask[:, None, None], grouped, jnp.finfo(jnp.float32).min).reshape(scores.shape)

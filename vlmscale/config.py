@@ -16,7 +16,7 @@ from vlmscale.compressors import parse_options
 from vlmscale.content import content_sha256, earlier_cell, manifest_sha256, tokenizer_sha256
 from vlmscale.errors import UserError
 from vlmscale.options import label
-from vlmscale.reducers import ReducerSpec, read_options
+from vlmscale.reducers import REDUCERS, ReducerSpec, read_options
 
 # A field with this metadata does not change any number of the result, so it is no part of the cell id.
 _BYSTANDER = {"changes_result": False}
@@ -131,6 +131,7 @@ class TrainConfig:
     compressor_rate: float = field(default=1.0, metadata=_LATER)
     llm_rate: float = field(default=1.0, metadata=_LATER)
     tower_rate: float = field(default=0.0, metadata=_LATER)
+    reducer_rate: float = field(default=1.0, metadata=_LATER)
     # Where the cosine ends, as a share of the peak.
     final_rate: float = field(default=0.02, metadata=_LATER)
     beta2: float = field(default=0.98, metadata=_LATER)
@@ -180,10 +181,14 @@ class EvaluateConfig:
 
 @dataclass
 class ReducerConfig:
-    """What drops visual tokens inside the LLM while it answers; "none" is the plain model."""
+    """What drops visual tokens inside the LLM; "none" is the plain model.
+
+    Most methods are asked of a trained run. Those with parameters of their own are trained with it.
+    """
 
     name: str = field(default="none", metadata=_LATER)
-    # So many layers see all visual tokens; from the next one on the share `keep` of them is there.
+    # So many layers see all visual tokens; from the next one on the share `keep` of them is there. Of a
+    # method that trains its shares, `keep` is their mean over all layers.
     layer: int = field(default=2, metadata=_LATER)
     keep: float = field(default=0.5, metadata=_LATER)
     # Of a method with a share for every layer, in their place; the last share holds for all further layers.
@@ -263,6 +268,23 @@ def reducer_of(cell: Cell) -> ReducerSpec | None:
         return None
     options = read_options(own.name, own.options)
     return ReducerSpec(own.name, own.layer, own.keep, own.schedule, options)
+
+
+def image_slots(cell: Cell, visual_tokens: int | None = None) -> int:
+    """Places that an image takes in a row: its visual tokens, and what a reducer puts behind them.
+
+    Args:
+      cell: the config.
+      visual_tokens: of an image, 0 for none; None for the config's.
+    """
+    tokens = cell.compressor.visual_tokens if visual_tokens is None else visual_tokens
+    spec = reducer_of(cell)
+    return tokens + (spec.appended if spec is not None and tokens else 0)
+
+
+def trains_reducer(cell: Cell) -> bool:
+    """Whether a cell's reducer has parameters of its own."""
+    return cell.reducer.name in REDUCERS and REDUCERS[cell.reducer.name].trained
 
 
 def reducer_label(cell: Cell) -> str | None:

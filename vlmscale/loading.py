@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from absl import flags
 from ml_collections import config_flags
 
-from vlmscale.config import Cell, DataConfig, Sweep, cell_id, leaves, to_dict
+from vlmscale.config import Cell, DataConfig, Sweep, cell_id, leaves, to_dict, trains_reducer
 from vlmscale.errors import UserError
 from vlmscale.validation import validate
 
@@ -126,8 +126,8 @@ def _check_override(word: str) -> None:
 
 
 def _check_untouched(cell: Cell) -> None:
-    """Refuse a reducer where a model is trained, which takes no notice of it."""
-    if cell.reducer.name != "none":
+    """Refuse a reducer where a model is trained that takes no notice of it."""
+    if cell.reducer.name != "none" and not trains_reducer(cell):
         raise UserError(
             f"reducer.name={cell.reducer.name}: is asked of a trained run; vlmscale evaluate --run RUN "
             f"--config.reducer.name={cell.reducer.name}"

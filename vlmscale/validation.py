@@ -22,7 +22,7 @@ from vlmscale.config import (
 from vlmscale.errors import UserError
 from vlmscale.models.decoder import REMAT
 from vlmscale.models.sizes import SIZES, TOWERS
-from vlmscale.reducers import REDUCERS, check_reducer
+from vlmscale.reducers import REDUCERS, ReducerSpec, check_reducer
 
 SHIPPED_TOWERS = ("scenes-48",)
 
@@ -112,7 +112,8 @@ def _check_train(cell: Cell) -> None:
     _one_of("train.attention", train.attention, BACKENDS)
     not_negative = (
         "data.seed train.seed train.warmup_steps train.weight_decay train.clip_norm train.loss_rows "
-        "train.compressor_rate train.llm_rate train.tower_rate mesh.data mesh.fsdp mesh.tensor"
+        "train.compressor_rate train.llm_rate train.tower_rate train.reducer_rate mesh.data mesh.fsdp "
+        "mesh.tensor"
     )
     for name in not_negative.split():
         if not 0 <= values[name] < math.inf:
@@ -192,6 +193,8 @@ def _check_reducer(cell: Cell) -> None:
                 f"reducer.{name}={value}: reducer.name={cell.reducer.name} does not read it; it belongs to "
                 f"{', '.join(owners)}"
             )
+    if spec is not None and REDUCERS[spec.name].trained:
+        _check_trained_reducer(cell, spec)
     if spec is not None:
         for count in cell.evaluate.visual_tokens or (cell.compressor.visual_tokens,):
             check_reducer(spec, SIZES[cell.llm.name].num_layers, count)
@@ -208,6 +211,33 @@ def _check_reducer(cell: Cell) -> None:
         )
     if not 0 < cell.reducer.exit_above <= 1:
         raise UserError(f"reducer.exit_above={cell.reducer.exit_above}: a certainty above 0, or 1 for never")
+
+
+def _check_trained_reducer(cell: Cell, spec: ReducerSpec) -> None:
+    """What a method with parameters of its own cannot go with."""
+    name, compressor = spec.name, cell.compressor.name
+    if COMPRESSORS[compressor].nested is not None:
+        raise UserError(
+            f"reducer.name={name}: trains at one number of visual tokens, not at many as {compressor} does"
+        )
+    if not cell.train.reducer_rate:
+        raise UserError(f"train.reducer_rate=0: reducer.name={name} has nothing to start from but training")
+    takes = attention_backends(cell)
+    if cell.train.attention in BACKENDS and cell.train.attention not in takes:
+        raise UserError(
+            f"train.attention={cell.train.attention}: reducer.name={name} has a mask of its own; take "
+            f"{' or '.join(takes)}"
+        )
+
+
+def attention_backends(cell: Cell) -> list[str]:
+    """Backends of attention that a cell can train with, where the device has them."""
+    spec = reducer_of(cell)
+    if spec is None or not REDUCERS[spec.name].trained:
+        return list(BACKENDS)
+    if spec.appended:
+        return [name for name, backend in BACKENDS.items() if backend.free_mask]
+    return [name for name, backend in BACKENDS.items() if not backend.fused]
 
 
 def check_evaluable(cell: Cell, option: str, asked: Sequence[int]) -> None:

@@ -11,7 +11,7 @@ from vlmscale.compressors.mlp import Projector
 from vlmscale.compressors.multihead import MultiheadAttention
 from vlmscale.compressors.positions import grid_side, resize_grid, sincos_positions
 from vlmscale.layers import LayerNorm, named
-from vlmscale.models.decoder import Block
+from vlmscale.models.decoder import Block, Rows
 from vlmscale.models.sizes import DecoderSize
 
 _NORM_EPS = 1e-5  # torch's default, unlike that of the other query-based methods
@@ -91,7 +91,7 @@ class LLaVAMini(nn.Module):
         segment_ids = jnp.concatenate([*segments, text_segments], axis=1)
         positions = _fusion_positions(segment_ids)
         for layer in self.fusion:
-            x, _ = layer(x, positions, segment_ids)
+            x, _ = layer.prefill(x, Rows(positions, segment_ids))
         before, behind = parts[0].shape[1], parts[0].shape[1] + parts[1].shape[1]
         tokens = x[:, before:behind].reshape(compressed.shape)
         fused = jnp.where((text_segments > 0)[:, :, None], x[:, behind:].astype(raw.dtype), raw)

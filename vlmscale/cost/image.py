@@ -18,9 +18,10 @@ from vlmscale.compressors.features import (
     abstract_tower_params,
     tower_features,
 )
-from vlmscale.config import Cell
+from vlmscale.config import Cell, image_slots, reducer_of
 from vlmscale.cost import flops
 from vlmscale.cost.count import count_flops
+from vlmscale.cost.reduced import soft_flops
 from vlmscale.layers import abstract_params
 from vlmscale.models.sizes import SIZES, TOWERS, TowerSize
 
@@ -83,8 +84,9 @@ def sample_flops(cell: Cell, vocab_size: int, sample: Sample, visual_tokens: flo
         counts = method.nested(largest)
     train, trained = cell.train, bool(cell.train.llm_rate)
     below = largest and (train.compressor_rate or train.tower_rate)  # what the decoder's gradient goes on to
-    lengths = [sample.text + share * count for count in counts]
+    lengths = [sample.text + share * (count + image_slots(cell) - largest) for count in counts]
     layers = sum(flops.decoder_step_flops(size, length, trained=trained) for length in lengths)
+    layers += sum(soft_flops(reducer_of(cell), size, length) for length in lengths)
     head = flops.head_step_flops(size, vocab_size, sample.targets, trained=trained)
     decoder = (layers + len(counts) * head) / (1 if method.trains_all else len(counts))
     compressed = (bool(train.compressor_rate) + bool(below)) * (len(counts) if method.trains_all else 1)

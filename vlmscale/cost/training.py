@@ -12,10 +12,11 @@ from typing import Any
 import jax
 
 from vlmscale.compressors import COMPRESSORS, Features, parse_options
-from vlmscale.config import Cell
+from vlmscale.config import Cell, image_slots, reducer_of
 from vlmscale.cost import flops
 from vlmscale.cost.count import count_flops
 from vlmscale.cost.image import CompressorCall, Sample, compressor_call, tower_call
+from vlmscale.cost.reduced import soft_flops
 from vlmscale.models.sizes import SIZES, TOWERS
 
 
@@ -42,8 +43,9 @@ def step_flops(cell: Cell, vocab_size: int, sample: Sample) -> float:
     counts = method.nested(largest) if method.nested is not None and method.trains_all else (largest,)
     total, calls = 0.0, []
     for count in counts:
-        length = sample.text + share * count
+        length = sample.text + share * (count + image_slots(cell) - largest)
         total += head + flops.decoder_step_flops(size, length, train.remat, trained=trained, causal=causal)
+        total += soft_flops(reducer_of(cell), size, length, train.remat)
         if method.text == "query":
             total += share * flops.decoder_flops(size, sample.query, 0, causal=causal)
         calls.append(compressor_call(cell, count, round(length)))  # text is fused in all slots of a row

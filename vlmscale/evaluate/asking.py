@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from vlmscale.config import image_slots
 from vlmscale.data.conversation import IMAGE_MARK
 from vlmscale.data.images import ImageError
 from vlmscale.data.sources import Picture
@@ -22,7 +23,7 @@ from vlmscale.evaluate.generation import answer_length, make_generate, prompt_ba
 from vlmscale.evaluate.guided import GUIDE_QUERY, Guided, Reply
 from vlmscale.evaluate.items import Item, Task, first_question, prompt_of, text_tokens
 from vlmscale.evaluate.loaded import LoadedRun, embed_queries, visual_counts
-from vlmscale.evaluate.rooms import Fitting
+from vlmscale.evaluate.rooms import Fitting, TwoPass
 from vlmscale.models.sizes import SIZES
 from vlmscale.reducers import is_adaptive
 from vlmscale.sharding import put_batch, replicated, to_host
@@ -133,7 +134,9 @@ def _groups(run: LoadedRun, passes: Sequence[Pass], failures: Failures) -> dict[
             prompt = prompt_of(shown, template)
             new, fits = part[0].task.max_new_tokens, []
             for one in part:
-                taken = text_tokens(prompt) + prompt.count(IMAGE_MARK) * one.visual_tokens
+                taken = text_tokens(prompt) + prompt.count(IMAGE_MARK) * image_slots(
+                    run.cell, one.visual_tokens
+                )
                 if taken + new <= context:
                     fits.append(one)
                     continue
@@ -174,12 +177,14 @@ class _Asker:
             count: make_generate(model, group.max_new_tokens, template.stop_ids, form=form)
             for count, model in self.models.items()
         }
-        self.special: dict[int, Guided | Fitting] = {}  # counts that take more than one program
+        self.special: dict[int, Guided | Fitting | TwoPass] = {}  # counts that take more than one program
         for count, model in self.models.items():
             if run.guide is not None and group.images and count:
                 self.special[count] = run.guided(count, self.generates[count], group.max_new_tokens)
             elif model.reducer is not None and form == "compact" and is_adaptive(model.reducer):
                 self.special[count] = Fitting(model, group.max_new_tokens, template.stop_ids, run.mesh)
+            elif model.appended and form == "compact":
+                self.special[count] = TwoPass(model, group.max_new_tokens, template.stop_ids, run.mesh)
         self.slots = max(1, group.images)
         seeing = max(group.counts) > 0
         self.tower = (run.any_tower() if group.files else run.tower) if seeing else None
@@ -260,8 +265,9 @@ class _Asker:
         prompts = [prompt_of(self.wanted[rows[row]].item, template) for row in own]
         batches = {}
         for count in self.models:
-            whole = length + self.group.images * count
-            batches[count] = self._put(prompt_batch(prompts, template, count, whole))
+            slots = image_slots(self.run.cell, count)
+            whole = length + self.group.images * slots
+            batches[count] = self._put(prompt_batch(prompts, template, slots, whole))
             if count:
                 batches[count] |= shared
         return batches

@@ -99,9 +99,9 @@ def make_generate(
       stop_ids: any of them ends a row; empty for rows of full length.
       sampling: greedy unless told otherwise.
       form: of what a reducer does, `vlmscale.models.cuts.FORMS`.
-      rooms: of an adaptive reducer (`vlmscale.models.cuts.Reduction`): beside the ids the function then gives
-        how many visual tokens each prompt kept behind each cut, [B, cuts]; the ids are right where there was
-        room for them.
+      rooms: static lengths of the model's reducer, as in `VLM.prefill`. With those of an adaptive one the
+        function gives beside the ids how many visual tokens each prompt kept behind each cut, [B, cuts]; the
+        ids are right where there was room for them.
 
     Raises:
       UserError: max_new_tokens below 1.
@@ -143,7 +143,7 @@ def make_generate(
                 token,
                 prompt_length + index - 1,
                 cache,
-                length + index - 1,
+                cache.slots - max_new_tokens + index - 1,
                 method="decode",
             )
             chosen = choose(penalise(logits, said, sampling), keys, index, sampling)
@@ -155,7 +155,7 @@ def make_generate(
             unfinished, one_more, (jnp.int32(1), token, answers, cache, said)
         )
         answers = jnp.where(jnp.arange(max_new_tokens) < count, answers, token[:, None])
-        return answers if rooms is None else (answers, jnp.stack(kept, axis=1))
+        return (answers, jnp.stack(kept, axis=1)) if rooms is not None and kept else answers
 
     return generate
 

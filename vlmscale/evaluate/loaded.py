@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from vlmscale.compressors import COMPRESSORS
 from vlmscale.compressors.features import tower_features
-from vlmscale.config import Cell, MeshConfig, identity
+from vlmscale.config import Cell, MeshConfig, identity, image_slots, trains_reducer
 from vlmscale.data.images import ImageError, decode_image
 from vlmscale.data.records import PLACEHOLDER
 from vlmscale.data.sources import PictureReader, Pixels
@@ -139,7 +139,14 @@ def load_run(
         raise UserError(f"{path}: training is not finished (no done.json); run `vlmscale train` again")
     cell, prepared = load_prepared(path)
     model, tower = build_model(cell, prepared.vocab_rows(cell)), prepared.tower(cell)
+    own = cell.reducer
+    learned = trains_reducer(cell)
     cell = override(replace(cell, mesh=MeshConfig()), overrides, ("evaluate", "mesh", "reducer"))
+    if (learned or trains_reducer(cell)) and cell.reducer != own:
+        raise UserError(
+            f"reducer.name={cell.reducer.name}: {path} was trained with reducer.name={own.name}; a reducer that "
+            "trains stays with its run"
+        )
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
     mesh = mesh or choose_mesh([cell], prepared, functools.partial(loading_bytes, dtype=dtype))
     places = lay_out(cell, model, mesh, tower, dtype)
@@ -171,6 +178,11 @@ def _load_guide(cell: Cell, path: Path, dtype: Any, mesh: Mesh) -> LoadedRun | N
                     f"reducer.guide={guide.path}: trained with another {part}.{key} than {path}; "
                     "a guide reads the same prompts and sees the same visual tokens"
                 )
+    if guide.cell.reducer.name != "none":
+        raise UserError(
+            f"reducer.guide={guide.path}: trained with reducer.name={guide.cell.reducer.name}; a guide is a "
+            "plain model"
+        )
     if cell.train.tower_rate or guide.cell.train.tower_rate:
         raise UserError(
             f"reducer.guide={guide.path}: it or {path} trained its tower; both must have the same"
@@ -234,7 +246,8 @@ def answer_one(
     cell, template = run.cell, run.prepared.template
     if visual_tokens is not None:
         check_evaluable(cell, "--visual-tokens", [visual_tokens])
-    slots = visual_tokens or cell.compressor.visual_tokens
+    count = visual_tokens or cell.compressor.visual_tokens
+    slots = image_slots(cell, count)
     asked = prompt.strip()
     if PLACEHOLDER in asked:
         raise UserError(f"--prompt: leave {PLACEHOLDER} away, the picture goes in front of the question")
@@ -252,7 +265,7 @@ def answer_one(
     if slots:
         encode = jax.jit(tower_features, static_argnums=(0, 3))
         batch |= encode(tower, run.any_tower(), pixels, needs_of(cell))
-    model = run.model(slots)
+    model = run.model(count)
     batch = with_tower_outputs(model, batch, run.tower)
     queries = embed_queries(run, model, [asked])
     if queries is not None:

@@ -1,8 +1,9 @@
-"""Answers with a reducer whose counts depend on the prompt, by compiled programs of few sizes.
+"""Answers with a reducer whose lengths depend on the prompts, by compiled programs of few sizes.
 
-A program has a fixed number of places behind each cut. The first batch is answered with room for all and says
-how many were needed; the next ones get as many, to the next sixteenth of all. Where a prompt needs more, its
-batch is answered once more: what is said does not depend on the rooms.
+Of an adaptive one a program has a fixed number of places behind each cut. The first batch is answered with
+room for all and says how many were needed; the next ones get as many, to the next sixteenth of all. Where a
+prompt needs more, its batch is answered once more: what is said does not depend on the rooms. Of compression
+tokens the prompts themselves say how long the two passes are.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from jax.sharding import Mesh
 
 from vlmscale.evaluate.generation import make_generate
 from vlmscale.evaluate.guided import Batch, Reply
+from vlmscale.models.hiding import Passes
 from vlmscale.models.vlm import VLM
-from vlmscale.reducers import make_reducer
+from vlmscale.reducers import cut_layers
 from vlmscale.sharding import to_host
 from vlmscale.train.step import Params
 
@@ -44,7 +46,7 @@ class Fitting:
         """Answer a prompt batch."""
         assert self.model.reducer is not None
         slots = batch["selected"].shape[0] // batch["tokens"].shape[0] * self.model.visual_tokens
-        cuts = len(make_reducer(self.model.reducer, self.model.decoder_size.num_layers).layers)
+        cuts = len(cut_layers(self.model.reducer, self.model.decoder_size.num_layers))
         rooms = self.rooms.get(slots, (slots,) * cuts)
         ids, kept = self._answer(params, batch, rooms)
         known = self.rooms.get(slots, (0,) * cuts)
@@ -60,6 +62,29 @@ class Fitting:
         run = make_generate(self.model, self.max_new_tokens, self.stop_ids, rooms=rooms)
         ids, kept = run(params, batch)
         return to_host(ids, self.mesh), to_host(kept, self.mesh)
+
+
+@dataclass(frozen=True)
+class TwoPass:
+    """Answers prompts in two passes, the first up to the compression tokens.
+
+    Attributes:
+      model: with compression tokens, in the "loop" layout.
+      max_new_tokens, stop_ids: of `make_generate`.
+      mesh: what batches lie on.
+    """
+
+    model: VLM
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    mesh: Mesh
+
+    def __call__(self, params: Params, batch: Batch) -> Reply:
+        """Answer a prompt batch."""
+        slots, valid = (to_host(batch[name], self.mesh) for name in ("image_slots", "valid"))
+        passes = Passes.of(slots, valid, self.model.visual_tokens, self.model.appended)
+        run = make_generate(self.model, self.max_new_tokens, self.stop_ids, rooms=passes)
+        return Reply.of(to_host(run(params, batch), self.mesh))
 
 
 def wide_enough(needed: list[int], slots: int) -> tuple[int, ...]:

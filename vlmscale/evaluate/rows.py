@@ -13,8 +13,9 @@ import numpy as np
 
 from vlmscale import __version__
 from vlmscale.compressors import COMPRESSORS, label, parse_options
-from vlmscale.config import Cell, DataConfig, reducer_label, reducer_of
+from vlmscale.config import Cell, DataConfig, reducer_label, reducer_of, trains_reducer
 from vlmscale.cost.image import image_flops, sample_flops
+from vlmscale.data.conversation import IMAGE_MARK
 from vlmscale.evaluate.asking import Pass
 from vlmscale.evaluate.items import Task, first_question, prompt_of, text_tokens
 from vlmscale.evaluate.loaded import LoadedRun
@@ -71,8 +72,8 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
     """
     cell, template, task = run.cell, run.prepared.template, one.task
     llm, tower = SIZES[cell.llm.name], TOWERS[cell.tower.name]
-    prompts = [text_tokens(prompt_of(item, template)) for item in task.items]
-    text = float(np.mean(prompts))
+    prompts = [prompt_of(item, template) for item in task.items]
+    text = float(np.mean([text_tokens(prompt) for prompt in prompts]))
     said = list(one.journal.said.values())
     generated = float(np.mean([answer.tokens for answer in said])) if said else 0.0
     # Questions without a picture cost no visual tokens.
@@ -82,7 +83,7 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
     queries = float(np.mean([len(template.query(first_question(item))) for item in task.items]))
     image = image_flops(cell, round(mean_tokens), round(text), queries)
     reducer = reducer_label(cell) if costs.visual_tokens else None
-    took = spent(run, one, image, Prompts(text, per_item, queries))
+    took = spent(run, one, image, Prompts(text, per_item, queries, *around_images(prompts)))
     options = parse_options(cell.compressor.name, cell.compressor.options)
     chance = task.chance if task.chance is not None else scored.chance
     return ResultRow(
@@ -139,6 +140,17 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
     )
 
 
+def around_images(prompts: Sequence[Sequence[int]]) -> tuple[float, float]:
+    """Mean tokens of text in front of the first image of prompts, and between their images."""
+    front = between = 0
+    for prompt in prompts:
+        places = [place for place, token in enumerate(prompt) if token == IMAGE_MARK]
+        if places:
+            front += places[0]
+            between += places[-1] - places[0] + 1 - len(places)
+    return front / max(len(prompts), 1), between / max(len(prompts), 1)
+
+
 def data_mix(data: DataConfig) -> str:
     """Short name of what was trained on."""
     if data.prepared:
@@ -156,10 +168,10 @@ def heldout_loss(run: LoadedRun, visual_tokens: int) -> float | None:
     """Loss per supervised token on the validation split with so many visual tokens; None without a split.
 
     Training logs it at the end; of a nested compressor it logs what it trains, so there it is computed. None
-    with a reducer, too: what training logs is of the plain model.
+    with a reducer that is asked of a plain run, since what training logged is without it.
     """
     cell, prepared = run.cell, run.prepared
-    if reducer_of(cell) is not None:
+    if reducer_of(cell) is not None and not trains_reducer(cell):
         return None
     if "validation" not in prepared.manifest["records"]:
         return None

@@ -11,7 +11,7 @@ import numpy as np
 from vlmscale.config import reducer_of
 from vlmscale.cost import flops
 from vlmscale.cost.image import ImageFlops, image_flops
-from vlmscale.cost.reduced import ranking_flops, tokens_by_layer
+from vlmscale.cost.reduced import ranking_flops, tokens_by_layer, two_pass_flops
 from vlmscale.evaluate.answers import Said
 from vlmscale.evaluate.asking import Pass
 from vlmscale.evaluate.guided import CONSISTENCY
@@ -37,11 +37,21 @@ class Spent(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """Means over the items of a task: tokens of text, images, and tokens of the question."""
+    """Means over the items of a task.
+
+    Attributes:
+      text: tokens of text.
+      images: how many.
+      question: tokens of the question.
+      front: tokens of text in front of the first image.
+      between: tokens of text between images.
+    """
 
     text: float
     images: float
     question: float
+    front: float
+    between: float
 
 
 def spent(run: LoadedRun, one: Pass, image: ImageFlops, prompts: Prompts) -> Spent:
@@ -53,13 +63,15 @@ def spent(run: LoadedRun, one: Pass, image: ImageFlops, prompts: Prompts) -> Spe
       image: what an image costs in front of the run's LLM.
       prompts: what was asked.
     """
-    cell, size, (text, images, _) = run.cell, SIZES[run.cell.llm.name], prompts
+    cell, size, (text, images, *_) = run.cell, SIZES[run.cell.llm.name], prompts
     said = [answer for item in one.task.items if (answer := one.journal.said.get(item.id)) is not None]
     own = [answer for answer in said if not answer.exited]
     share = len(own) / len(said) if said else 1.0
     reducer = reducer_of(cell) if one.visual_tokens else None
-    layers = _mean_layers(reducer, size, text, Counter((answer.visual_tokens, answer.kept) for answer in own))
     generated = _mean_tokens(answer.tokens for answer in own)
+    if reducer is not None and reducer.appended:
+        return _in_two_passes(run, own, image, prompts, reducer.appended)
+    layers = _mean_layers(reducer, size, text, Counter((answer.visual_tokens, answer.kept) for answer in own))
     llm = flops.inference_flops(size, run.prepared.vocab_rows(cell), layers, generated)
     llm += ranking_flops(reducer, size, layers)
     seen = images * (image.tower + image.query_pass + share * image.compressor)
@@ -75,7 +87,7 @@ def spent(run: LoadedRun, one: Pass, image: ImageFlops, prompts: Prompts) -> Spe
 
 def _in_front(run: LoadedRun, guide: LoadedRun, one: Pass, said: Sequence[Said], prompts: Prompts) -> Spent:
     """What the guide takes for an answer; the tower has run already."""
-    text, images, question = prompts
+    text, images, question, *_ = prompts
     size, rows = SIZES[guide.cell.llm.name], guide.prepared.vocab_rows(guide.cell)
     visual: Visual = Counter((answer.visual_tokens, ()) for answer in said)
     steps = _mean_tokens(answer.guide_tokens for answer in said)
@@ -90,6 +102,26 @@ def _in_front(run: LoadedRun, guide: LoadedRun, one: Pass, said: Sequence[Said],
         total += flops.inference_flops(size, rows, few, steps + 1)  # all of the answer is fed
     total += images * (image.compressor + image.query_pass)
     return Spent(layers, _cache(run, size, layers, steps), total)
+
+
+def _in_two_passes(
+    run: LoadedRun, said: Sequence[Said], image: ImageFlops, prompts: Prompts, appended: int
+) -> Spent:
+    """That of a model with compression tokens, with both passes of each answer."""
+    size, added = SIZES[run.cell.llm.name], prompts.images * appended
+    visual, generated = (
+        _mean_tokens(getattr(one, name) for one in said) for name in ("visual_tokens", "tokens")
+    )
+    first = prompts.front + prompts.between + visual + added
+    kept, second = prompts.between + added, prompts.text - prompts.front - prompts.between
+    rows = run.prepared.vocab_rows(run.cell)
+    llm = two_pass_flops(size, rows, first, kept, second, generated)
+    cached = [kept + second] * size.num_layers
+    return Spent(
+        [first + second] * size.num_layers,
+        _cache(run, size, cached, generated),
+        prompts.images * sum(image) + llm,
+    )
 
 
 def _mean_tokens(counts: Iterable[int]) -> float:

@@ -7,7 +7,8 @@ token's position does not depend on what was dropped. The forms agree but for th
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,7 @@ class Prefix(NamedTuple):
       valid: [B, T] bool, the tokens that later ones see.
       visual: [B, T] bool, those of them that show an image.
       whole: [B] int32, how many of these the row had before any cut.
+      rank: [B, T] int32, which of its image's tokens a visual token is.
     """
 
     x: jax.Array
@@ -33,6 +35,7 @@ class Prefix(NamedTuple):
     valid: jax.Array
     visual: jax.Array
     whole: jax.Array
+    rank: jax.Array
 
     @property
     def last(self) -> jax.Array:
@@ -84,12 +87,36 @@ class Reducer(Protocol):
         """What stays behind a cut."""
 
 
+class Soft(NamedTuple):
+    """What a reducer that trains reads of a batch, the same at every cut.
+
+    Attributes:
+      params: its parameters, those of all cuts along a first axis.
+      visual: [B, T] bool, tokens of images.
+      text: [B, T] bool, tokens of the question.
+      rank: [B, T] int32, as in `Prefix`.
+      segment_ids: [B, T] int32.
+    """
+
+    params: Any
+    visual: jax.Array
+    text: jax.Array
+    rank: jax.Array
+    segment_ids: jax.Array
+
+
+# (number of the cut, heads of the layer in front, batch, logarithm [B, T] of how much is left of each token)
+# to that logarithm behind the cut.
+Soften = Callable[[Any, Heads, Soft, jax.Array], jax.Array]
+
+
 class Reduction(NamedTuple):
     """How one batch of prompts is reduced.
 
     Attributes:
       reducer: the method.
       visual: [B, T] bool, tokens of images.
+      rank: [B, T] int32, as in `Prefix`.
       slots: image slots of a row. Each row has as many visual tokens, or is that much shorter than T.
       given: what the method takes from elsewhere, if anything.
       form: one of `FORMS`.
@@ -99,6 +126,7 @@ class Reduction(NamedTuple):
 
     reducer: Reducer
     visual: jax.Array
+    rank: jax.Array
     slots: int
     given: jax.Array | None = None
     form: str = "compact"
@@ -148,4 +176,15 @@ def gather(tokens: Prefix, keep: jax.Array, length: int) -> Prefix:
         return jnp.take_along_axis(values, order, axis=1)
 
     x = split_rows(jnp.take_along_axis(tokens.x, order[:, :, None], axis=1))
-    return Prefix(x, take(tokens.positions), take(keep), take(tokens.visual & keep), tokens.whole)
+    visual = take(tokens.visual & keep)
+    return Prefix(x, take(tokens.positions), take(keep), visual, tokens.whole, take(tokens.rank))
+
+
+def shares_left(left: jax.Array, visual: jax.Array) -> jax.Array:
+    """Mean share of visual tokens behind each cut, [cuts]: of what `Soften` left, [cuts, B, T].
+
+    1 where there is none.
+    """
+    count = jnp.sum(visual)
+    there = jnp.sum(jnp.where(visual, jnp.exp(left), 0.0), axis=(1, 2))
+    return jnp.where(count > 0, there / jnp.maximum(count, 1), 1.0)

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlmscale.attention import attend, attention_weights, rotate, split_lookup, split_rows
 from vlmscale.layers import Axes, Linear, RMSNorm, named
-from vlmscale.models.cuts import Heads, Prefix, Reduction
+from vlmscale.models.cuts import Heads, Prefix, Reduction, Soft, Soften
 from vlmscale.models.ranking import received
 from vlmscale.models.sizes import DecoderSize
 
@@ -44,12 +45,29 @@ class KVCache(NamedTuple):
         return self.seen[0].shape[1]
 
 
+class Rows(NamedTuple):
+    """What every layer reads of a batch beside its hidden states.
+
+    Attributes:
+      positions: [B, T] int32, counted inside each segment.
+      segment_ids: [B, T] int32, 0 where there is padding; None for rows of one segment and none.
+      mask: [B, T, T] bool, which query may see which key, beside order and segments; None for all.
+      soft: of a reducer that trains; None without one.
+    """
+
+    positions: jax.Array
+    segment_ids: jax.Array | None
+    mask: jax.Array | None = None
+    soft: Soft | None = None
+
+
 class Block(nn.Module):
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer. `soften` is the reducer's, where it trains."""
 
     size: DecoderSize
     dtype: jnp.dtype
     attention: str = "xla"
+    soften: Soften | None = None
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -74,17 +92,39 @@ class Block(nn.Module):
         self.down = linear(size.width, ("embed", "mlp"), weight_init=residual)
 
     def __call__(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
-    ) -> tuple[jax.Array, None]:
-        """x [B, T, D] behind one more layer; causal inside each segment. The None is for the scan."""
-        return self.prefill(x, positions, segment_ids)[0], None
+        self, carry: tuple[jax.Array, jax.Array | None], rows: Rows, cut: jax.Array | int
+    ) -> tuple[tuple[jax.Array, jax.Array | None], jax.Array | None]:
+        """One more layer, as the scan has it.
+
+        Args:
+          carry: hidden states [B, T, D], and of a reducer that trains the logarithm [B, T] of how much of
+            each token is left.
+          rows: the batch.
+          cut: number of the reducer's cut behind the layer; -1 for none.
+
+        Returns:
+          The same behind the layer, and once more how much is left.
+        """
+        x, left = carry
+        x, (q, k, _) = self.prefill(x, rows, left)
+        if rows.soft is not None and left is not None:
+            assert self.soften is not None
+            soften, soft, before = self.soften, rows.soft, left
+            left = jax.lax.cond(cut >= 0, lambda: soften(cut, Heads(q, k), soft, before), lambda: before)
+        return (x, left), left
 
     def prefill(
-        self, x: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
+        self, x: jax.Array, rows: Rows, bias: jax.Array | None = None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-        """As `__call__`, and the rotated queries [B, T, H, D] and keys, and the values, [B, T, K, D]."""
-        q, k, v = self._heads(x, positions)
-        mixed = attend(q, k, v, causal=True, segment_ids=segment_ids, backend=self.attention)
+        """x [B, T, D] behind one more layer; causal inside each segment.
+
+        Returns:
+          [B, T, D], and the rotated queries [B, T, H, D] and keys, and the values, [B, T, K, D].
+        """
+        q, k, v = self._heads(x, rows.positions)
+        mixed = attend(
+            q, k, v, rows.mask, causal=True, segment_ids=rows.segment_ids, bias=bias, backend=self.attention
+        )
         return self._finish(x, mixed), (q, k, v)
 
     def extend(
@@ -131,7 +171,8 @@ class Decoder(nn.Module):
     compiles one layer, for training; "loop" has `layers_0`, `layers_1`, ..., which generation needs: a
     scan would copy every weight out of its stack for every token. `unstack` leads from one to the other.
     `attention` is the backend of training and prefill; a cache is always attended to with "xla". `cuts` are
-    the layers in front of which a reducer drops visual tokens (`vlmscale.models.cuts`).
+    the layers in front of which a reducer drops visual tokens (`vlmscale.models.cuts`), `soften` is what one
+    does there in training instead.
     """
 
     size: DecoderSize
@@ -141,6 +182,7 @@ class Decoder(nn.Module):
     attention: str = "xla"
     remat: str = "block"
     cuts: tuple[int, ...] = ()
+    soften: Soften | None = None
 
     def setup(self) -> None:
         """Declare the parameters."""
@@ -156,13 +198,15 @@ class Decoder(nn.Module):
                 nn.remat(Block, prevent_cse=False, policy=REMAT[self.remat]),
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=nn.broadcast,
+                in_axes=(nn.broadcast, 0),
                 length=self.size.num_layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            self.layers = scan(self.size, self.dtype, self.attention)
+            self.layers = scan(self.size, self.dtype, self.attention, self.soften)
         elif self.layout == "loop":
-            self.layers = [Block(self.size, self.dtype, self.attention) for _ in range(self.size.num_layers)]
+            self.layers = [
+                Block(self.size, self.dtype, self.attention, self.soften) for _ in range(self.size.num_layers)
+            ]
         else:
             raise ValueError(f"decoder layout {self.layout}: one of {', '.join(LAYOUTS)}")
         self.final_norm = RMSNorm(self.size.norm_eps)
@@ -184,10 +228,35 @@ class Decoder(nn.Module):
         Returns:
           [B, T, D].
         """
-        if self.layout == "loop":
-            return self.hidden_states(embeddings, positions, segment_ids)[-1]
-        x, _ = self.layers(embeddings, positions, segment_ids)
-        return self.final_norm(x)
+        return self.run(embeddings, Rows(positions, segment_ids))[0]
+
+    def run(self, embeddings: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array | None]:
+        """As `__call__`, with all that layers may read.
+
+        Args:
+          embeddings: [B, T, D].
+          rows: the batch.
+
+        Returns:
+          [B, T, D], and of a reducer that trains the logarithm [cuts, B, T] of how much of each token is left
+          behind each cut.
+        """
+        behind = [
+            self.cuts.index(layer) if layer in self.cuts else -1
+            for layer in range(1, self.size.num_layers + 1)
+        ]
+        whole = None if rows.soft is None else jnp.zeros(embeddings.shape[:2], jnp.float32)
+        carry: tuple[jax.Array, jax.Array | None] = (embeddings, whole)
+        if self.layout == "scan":
+            (x, _), every = self.layers(carry, rows, jnp.array(behind))
+        else:
+            each = []
+            for layer, cut in zip(self.layers, behind, strict=True):
+                carry, left = layer(carry, rows, cut)
+                each.append(left)
+            x, every = carry[0], None if whole is None else jnp.stack(each)
+        left = None if every is None else every[np.array(self.cuts) - 1]
+        return self.final_norm(x), left
 
     def hidden_states(
         self, embeddings: jax.Array, positions: jax.Array, segment_ids: jax.Array | None
@@ -198,7 +267,7 @@ class Decoder(nn.Module):
         """
         states = [embeddings]
         for layer in self.layers:
-            states.append(layer(states[-1], positions, segment_ids)[0])
+            states.append(layer.prefill(states[-1], Rows(positions, segment_ids))[0])
         return [*states[:-1], self.final_norm(states[-1])]
 
     def prefill(
@@ -210,6 +279,7 @@ class Decoder(nn.Module):
         holes: bool = False,
         reduction: Reduction | None = None,
         watched: jax.Array | None = None,
+        mask: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache]:
         """Run whole prompts and keep their keys and values. Needs the "loop" layout.
 
@@ -221,13 +291,15 @@ class Decoder(nn.Module):
           holes: whether there may be padding inside the prompts, too.
           reduction: what goes at the `cuts`; None for nothing.
           watched: [B, T] bool, tokens whose attention is added up in the cache's `received`; not with cuts.
+          mask: [B, T, T] bool, as in `Rows`; not with cuts.
 
         Returns:
           Hidden states [B, T', D] after the final norm, and the cache. T' is what the cuts leave of T.
         """
         free = slots - valid.shape[1]
         visual = jnp.zeros_like(valid) if reduction is None else reduction.visual & valid
-        tokens = Prefix(embeddings, positions, valid, visual, jnp.sum(visual, axis=1))
+        rank = jnp.zeros_like(positions) if reduction is None else reduction.rank
+        tokens = Prefix(embeddings, positions, valid, visual, jnp.sum(visual, axis=1), rank)
         seen: list[jax.Array] = [valid]
         kept: list[jax.Array] = []
         keys: list[jax.Array] = []
@@ -243,10 +315,10 @@ class Decoder(nn.Module):
                 seen.append(tokens.valid)
             # Padding behind the prompt is hidden by causal order alone.
             segment_ids = tokens.valid.astype(jnp.int32) if holes else None
-            x, (q, k, v) = layer.prefill(tokens.x, tokens.positions, segment_ids)
+            x, (q, k, v) = layer.prefill(tokens.x, Rows(tokens.positions, segment_ids, mask))
             tokens, heads = tokens._replace(x=x), Heads(q, k)
             if watched is not None:
-                total = received(tokens, heads, watched, itself=True) + total
+                total = received(tokens.valid, heads, watched, itself=True) + total
             for stored, of_layer in ((keys, k), (values, v)):
                 stored.append(jnp.pad(of_layer.swapaxes(1, 2), ((0, 0), (0, 0), (0, free), (0, 0))))
         wide = [jnp.pad(part, ((0, 0), (0, free))) for part in (*seen, total)]

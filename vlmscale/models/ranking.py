@@ -23,35 +23,52 @@ def last_query(tokens: Prefix, heads: Heads) -> jax.Array:
     return jnp.mean(attention_weights(q, heads.k, tokens.valid[:, None]), axis=(1, 2))
 
 
-def received(tokens: Prefix, heads: Heads, queries: jax.Array, itself: bool) -> jax.Array:
+def received(
+    valid: jax.Array,
+    heads: Heads,
+    queries: jax.Array,
+    itself: bool,
+    segment_ids: jax.Array | None = None,
+    bias: jax.Array | None = None,
+) -> jax.Array:
     """Attention that each token receives from chosen ones, mean over heads, summed over these.
 
     Args:
-      tokens: the prompts.
+      valid: [B, T] bool, tokens that are seen.
       heads: of the layer.
-      queries: [B, T] bool, the tokens whose attention counts.
+      queries: [B, T], how much the attention of each token counts, bool or float32; [B, T, C] for C choices.
       itself: whether what a token gives to itself counts.
+      segment_ids: [B, T] int32, where tokens see those of their own alone.
+      bias: [B, T] float32, added to the scores of each key.
 
     Returns:
-      [B, T] float32.
+      [B, T] or [B, T, C] float32.
     """
-    batch, length = tokens.valid.shape
+    batch, length = valid.shape
     blocks = math.ceil(length / _ROWS)
     padding = blocks * _ROWS - length
     q = jnp.pad(heads.q, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    counted = jnp.pad(queries & tokens.valid, ((0, 0), (0, padding)))
+    more = [(0, 0)] * (queries.ndim - 2)
+    counted = jnp.pad(
+        queries * valid.reshape(batch, length, *(1,) * len(more)), ((0, 0), (0, padding), *more)
+    )
+    ids = None if segment_ids is None else jnp.pad(segment_ids, ((0, 0), (0, padding)))
 
     def add(total: jax.Array, block: jax.Array) -> tuple[jax.Array, None]:
         start = block * _ROWS
         rows = jax.lax.dynamic_slice_in_dim(q, start, _ROWS, axis=1)
         mine = jax.lax.dynamic_slice_in_dim(counted, start, _ROWS, axis=1)
         earlier = jnp.arange(length) <= start + jnp.arange(_ROWS)[:, None]
-        weights = attention_weights(rows, heads.k, earlier & tokens.valid[:, None])
+        seen = earlier & valid[:, None]
+        if ids is not None and segment_ids is not None:
+            own = jax.lax.dynamic_slice_in_dim(ids, start, _ROWS, axis=1)
+            seen &= own[:, :, None] == segment_ids[:, None]
+        weights = attention_weights(rows, heads.k, seen, bias)
         if not itself:
             weights = jnp.where(jnp.arange(length) == start + jnp.arange(_ROWS)[:, None], 0, weights)
-        return total + jnp.einsum("bhts,bt->bs", weights, mine) / weights.shape[1], None
+        return total + jnp.einsum("bhts,bt...->bs...", weights, mine) / weights.shape[1], None
 
-    return jax.lax.scan(add, jnp.zeros((batch, length), jnp.float32), jnp.arange(blocks))[0]
+    return jax.lax.scan(add, jnp.zeros(queries.shape, jnp.float32), jnp.arange(blocks))[0]
 
 
 def share_of(share: float, count: int, whole: float = 0.5) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,10 +12,11 @@ import jax.numpy as jnp
 from vlmscale.attention import split_rows
 from vlmscale.compressors import COMPRESSORS, Features, make_compressor
 from vlmscale.compressors.features import FusionText
-from vlmscale.models.cuts import Reduction
-from vlmscale.models.decoder import Decoder, KVCache
+from vlmscale.models.cuts import Reduction, Soft, shares_left
+from vlmscale.models.decoder import Decoder, KVCache, Rows
+from vlmscale.models.hiding import CompressionTokens, Passes, last_readers, read_prompts, sight
 from vlmscale.models.sizes import DecoderSize, TowerSize
-from vlmscale.reducers import ReducerSpec, make_reducer
+from vlmscale.reducers import REDUCERS, ReducerSpec, make_reducer
 
 
 class Inputs(NamedTuple):
@@ -82,7 +84,8 @@ class VLM(nn.Module):
     `layout`, `attention` and `remat` are the decoder's: "scan" to train, "loop" to generate. `options` are
     the compressor's; `largest` is the count that a nested one was made for, 0 for `visual_tokens` itself.
     `block_rows` is how many rows share their images (`Inputs`), `full_rows` whether rows without an image may
-    be full (`narrow`). `reducer` drops visual tokens inside the decoder, in prefill and decoding alone.
+    be full (`narrow`). `reducer` drops visual tokens inside the decoder; one that needs no training does it
+    in prefill and decoding alone.
     """
 
     decoder_size: DecoderSize
@@ -102,12 +105,19 @@ class VLM(nn.Module):
 
     def setup(self) -> None:
         """Declare the parts."""
+        size, soften = self.decoder_size, None
         cuts: tuple[int, ...] = ()
-        if self.reducer is not None:
-            self.reducing = make_reducer(self.reducer, self.decoder_size.num_layers)
-            cuts = self.reducing.layers
+        reducing: Any = None
+        if self.appended:
+            reducing = CompressionTokens(self.appended, size.width, self.dtype)
+        elif self.reducer is not None:
+            reducing = make_reducer(self.reducer, size.num_layers, self.visual_tokens)
+            soft = REDUCERS[self.reducer.name].soft
+            soften = None if soft is None else partial(soft.soften, visual_tokens=self.visual_tokens)
+            cuts = reducing.layers
+        self.reducing = reducing
         self.decoder = Decoder(
-            self.decoder_size, self.vocab_size, self.dtype, self.layout, self.attention, self.remat, cuts
+            size, self.vocab_size, self.dtype, self.layout, self.attention, self.remat, cuts, soften
         )
         if self.visual_tokens:
             self.compressor = make_compressor(
@@ -121,6 +131,16 @@ class VLM(nn.Module):
                 tower_size=self.tower_size,
                 largest=self.largest or self.visual_tokens,
             )
+
+    @property
+    def appended(self) -> int:
+        """Compression tokens behind the visual tokens of each image."""
+        return 0 if self.reducer is None else self.reducer.appended
+
+    @property
+    def image_slots(self) -> int:
+        """Places that an image takes in a row."""
+        return self.visual_tokens + self.appended
 
     def embed(self, inputs: Inputs) -> Embedded:
         """Token embeddings with the visual tokens in their slots.
@@ -154,6 +174,9 @@ class VLM(nn.Module):
         holes = method.adaptive(dict(self.options)) or most is not None or chosen is not None
         if holes:
             visual, valid = holes_first(visual, valid, most)
+        if self.appended:
+            visual = jnp.concatenate([visual, self.reducing(len(visual)).astype(visual.dtype)], axis=1)
+            valid = jnp.pad(valid, ((0, 0), (0, self.appended)), constant_values=True)
         embeddings, filled = splice(embeddings, split_rows(visual), valid, slots)
         if holes:
             dropped = slots.astype(bool) & ~filled
@@ -191,9 +214,40 @@ class VLM(nn.Module):
 
     def states(self, inputs: Inputs, target_positions: jax.Array) -> jax.Array:
         """Final hidden states at chosen positions: [B, T] tokens and [B, K] positions to [B, K, D]."""
+        return self.trained_states(inputs, target_positions)[0]
+
+    def trained_states(
+        self, inputs: Inputs, target_positions: jax.Array
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """As `states`; and of a reducer that trains its cuts the mean share of visual tokens behind each."""
         embedded = self.embed(inputs)
-        hidden = self.decoder(embedded.embeddings, embedded.positions, embedded.segment_ids)
-        return jnp.take_along_axis(hidden, target_positions[:, :, None], axis=1)
+        mask, soft = None, None
+        if self.appended and inputs.features is not None:
+            mask = sight(last_readers(inputs.image_slots, inputs.segment_ids, self.appended))
+        elif self.decoder.soften is not None and inputs.features is not None:
+            soft = self._soft(inputs, embedded.segment_ids)
+        rows = Rows(embedded.positions, embedded.segment_ids, mask, soft)
+        hidden, left = self.decoder.run(embedded.embeddings, rows)
+        shares = None if left is None or soft is None else shares_left(left, soft.visual)
+        return jnp.take_along_axis(hidden, target_positions[:, :, None], axis=1), shares
+
+    def _soft(self, inputs: Inputs, segment_ids: jax.Array) -> Soft:
+        """What a reducer that trains reads: of each conversation's text what is between image and answer."""
+        there, slots = segment_ids > 0, inputs.image_slots.astype(bool)
+        place = jnp.arange(slots.shape[1])
+        together = inputs.segment_ids[:, :, None] == inputs.segment_ids[:, None, :]
+        first = jnp.min(jnp.where(together & slots[:, None], place, len(place)), axis=2)
+        text = there & ~slots & (place > first)
+        if inputs.answers is not None:
+            answer = jnp.min(jnp.where(together & inputs.answers[:, None], place, len(place)), axis=2)
+            text &= place < answer
+        return Soft(self.reducing.params(), slots & there, text, self._ranks(inputs), segment_ids)
+
+    def _ranks(self, inputs: Inputs) -> jax.Array:
+        """Which slot of its image each slot is: [B, T] int32, 0 for text."""
+        assert inputs.features is not None
+        blocks = inputs.tokens.shape[0] // self.block_rows
+        return _rank(_of_image(inputs.image_slots, inputs.features.selected.shape[0] // blocks))
 
     def visual_counts(self, inputs: Inputs) -> jax.Array:
         """How many tokens each image gives: [N] int32, of which only an adaptive method's differ."""
@@ -222,23 +276,32 @@ class VLM(nn.Module):
         Args:
           inputs: right-padded prompts of one segment a row. With a reducer each row has as many image slots
             as the row with the most, or is that much shorter than T.
-          slots: length of the cache: T and the tokens to come.
+          slots: length of the cache: T and the tokens to come; with what a reducer drops it is shorter.
           given: what the reducer takes from elsewhere, if anything.
           form: of the reduction, `vlmscale.models.cuts.FORMS`.
-          rooms: of an adaptive reducer, `vlmscale.models.cuts.Reduction`.
+          rooms: of an adaptive reducer, as in `vlmscale.models.cuts.Reduction`; where there are compression
+            tokens, `vlmscale.models.hiding.Passes`.
           watch: add up in the cache what attention tokens receive from the last visual one on.
 
         Returns:
           Float32 logits [B, vocab] behind each prompt's last token, the cache, and the position [B] of the
           token that comes next.
         """
-        embeddings, positions, segment_ids, holes = self.embed(inputs)
+        embedded = self.embed(inputs)
+        embeddings, positions, segment_ids, holes = embedded
         valid = segment_ids > 0
+        if self.appended and inputs.features is not None:
+            readers = last_readers(inputs.image_slots, inputs.segment_ids, self.appended)
+            passes = None if rooms is None else Passes(*rooms)
+            new, shown = slots - valid.shape[1], inputs.image_slots.astype(bool)
+            hidden, there, cache = read_prompts(self.decoder, embedded, readers, shown, new, form, passes)
+            return self._behind(hidden, there), cache, jnp.sum(valid, axis=1)
         reduction = None
         if self.reducer is not None and inputs.features is not None:
             images = inputs.features.selected.shape[0] // inputs.tokens.shape[0]
             visual = inputs.image_slots.astype(bool)
-            reduction = Reduction(self.reducing, visual, images * self.visual_tokens, given, form, rooms)
+            most = images * self.visual_tokens
+            reduction = Reduction(self.reducing, visual, self._ranks(inputs), most, given, form, rooms)
         watched = None
         if watch:
             shown = inputs.image_slots.astype(bool) & valid
@@ -246,9 +309,12 @@ class VLM(nn.Module):
             watched = index >= jnp.max(jnp.where(shown, index, -1), axis=1, keepdims=True)
         hidden, cache = self.decoder.prefill(embeddings, positions, valid, slots, holes, reduction, watched)
         there = cache.seen[-1][:, : hidden.shape[1]]  # of an image the last slot is never a hole
+        return self._behind(hidden, there), cache, jnp.sum(valid, axis=1)
+
+    def _behind(self, hidden: jax.Array, there: jax.Array) -> jax.Array:
+        """Logits [B, vocab] behind the last token that is there [B, T], of final hidden states [B, T, D]."""
         last = jnp.max(jnp.where(there, jnp.arange(hidden.shape[1]), 0), axis=1)
-        behind = self.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
-        return behind, cache, jnp.sum(valid, axis=1)
+        return self.decoder.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0])
 
     def decode(
         self, token: jax.Array, position: jax.Array, cache: KVCache, slot: jax.Array

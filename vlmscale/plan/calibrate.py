@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vlmscale.config import Cell
+from vlmscale.config import Cell, image_slots
 from vlmscale.cost.peak import Device
 from vlmscale.errors import UserError
 from vlmscale.plan.abstract import abstract_batch, vocab_rows
@@ -154,7 +154,7 @@ def _arrays(cell: Cell, program: Program, mesh: Any, length: int) -> tuple[Any, 
     trained = {part: params[part] for part in program.places.trained}
     frozen = {part: params[part] for part in program.places.frozen}
     state = first_state(program.optimizer, trained, mesh)
-    rng, visual, number = np.random.default_rng(0), cell.compressor.visual_tokens, np.arange(length)
+    rng, visual, number = np.random.default_rng(0), image_slots(cell), np.arange(length)
 
     def fill(name: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         values: Any

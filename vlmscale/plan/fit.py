@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from vlmscale.config import Cell, MeshConfig
+from vlmscale.config import Cell, MeshConfig, image_slots
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES, TOWERS
 from vlmscale.plan.abstract import vocab_rows
@@ -18,6 +18,7 @@ from vlmscale.plan.roofline import Efficiencies, step_time
 from vlmscale.plan.slices import Slice
 from vlmscale.train.recipe import compute_dtype
 from vlmscale.train.state import loading_bytes, mesh_shape, state_bytes
+from vlmscale.validation import attention_backends
 
 MOST_TENSOR = 8
 ANSWERS = "evaluate: "  # in front of a change that answers need, which no config says
@@ -305,7 +306,8 @@ def _answering(cell: Cell, place: Slice, length: int, ask: Ask, guess: Ask) -> t
 def _planned(cell: Cell, place: Slice, trial: Trial) -> tuple[Cell, tuple[str, ...]]:
     """The cell as it would be trained, and what of the config had to change for it."""
     # The plain backend keeps every score, for which no accelerator has the memory; auto is bfloat16 there.
-    attention = "cudnn" if place.generation.gpu else "splash"
+    fused = "cudnn" if place.generation.gpu else "splash"
+    attention = fused if fused in attention_backends(cell) else "xla"
     planned = {"accumulate": trial.accumulate, "remat": trial.remat, "attention": attention}
     changes = tuple(f"train.{k}={v}" for k, v in planned.items() if v != getattr(cell.train, k))
     own = own_mesh(cell, place)
@@ -342,7 +344,7 @@ def lengths_of(cell: Cell, text_tokens: int | None = None) -> Lengths:
       text_tokens: the longest text of a conversation, where rows are as long as the longest needs; None for
         `data.max_text_tokens`, to which it is cut.
     """
-    text, visual = cell.data.max_text_tokens, cell.compressor.visual_tokens
+    text, visual = cell.data.max_text_tokens, image_slots(cell)
     if text_tokens is not None and not cell.data.row_length:
         text = min(text, text_tokens)
     room = SIZES[cell.llm.name].context - cell.evaluate.max_new_tokens - visual  # longer ones are not asked

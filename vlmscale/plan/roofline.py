@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from vlmscale.config import Cell, from_dict, to_dict
+from vlmscale.config import Cell, from_dict, image_slots, to_dict
 from vlmscale.cost.image import Sample, tower_flops
 from vlmscale.cost.training import step_flops
 from vlmscale.errors import UserError
@@ -86,7 +86,7 @@ def flops_of_step(cell: Cell, row_length: int) -> float:
       cell: the config.
       row_length: positions of a row.
     """
-    text = row_length - cell.compressor.visual_tokens
+    text = row_length - image_slots(cell)
     sample = Sample(text, text, min(text, cell.data.max_text_tokens), 1.0)
     if not cell.train.tower_rate:  # a frozen tower is a program of its own
         cell = replace(cell, data=replace(cell.data, features="stored"))

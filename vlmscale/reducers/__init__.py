@@ -16,6 +16,7 @@ import jax
 from vlmscale.errors import UserError
 from vlmscale.models.cuts import Reducer
 from vlmscale.options import label, parse
+from vlmscale.reducers import atp
 from vlmscale.reducers.fastv import SCORES, FastV
 from vlmscale.reducers.schedule import Schedule
 from vlmscale.reducers.sgl import SGL
@@ -50,6 +51,14 @@ class ReducerSpec(NamedTuple):
         return None if dict(self.options).get("patches") == "all" else REDUCERS[self.name].patches
 
     @property
+    def appended(self) -> int:
+        """Compression tokens behind the visual tokens of each image."""
+        method = REDUCERS[self.name]
+        if not method.appends:
+            return 0
+        return int(dict(self.options).get(method.appends, method.options[method.appends][0]))
+
+    @property
     def label(self) -> str:
         """What records call it."""
         reads = REDUCERS[self.name].reads
@@ -61,12 +70,26 @@ class ReducerSpec(NamedTuple):
         return label(self.name, shown | dict(self.options))
 
 
+class SoftForm(NamedTuple):
+    """What a method with cuts does in training.
+
+    Attributes:
+      soften: in place of a cut; also told how many visual tokens an image has.
+      penalty: what is paid for the mean shares [cuts] that are left, in an LLM of so many layers, where the
+        share `keep` is wanted.
+    """
+
+    soften: Callable[..., jax.Array]
+    penalty: Callable[[jax.Array, int, float], jax.Array]
+
+
 @dataclass(frozen=True)
 class Method:
     """One row of the table.
 
     Attributes:
-      build: makes the module, in an LLM of so many layers.
+      build: makes the module, in an LLM of so many layers, with so many visual tokens an image; None for a
+        method without cuts.
       reads: the fields of the config that it reads.
       options: the user's choices: name to allowed values, the default first.
       first_layer: in front of which tokens may go.
@@ -75,9 +98,11 @@ class Method:
         option "patches=all" leaves that away.
       score: what ranks, `vlmscale.reducers.fastv.SCORES`, where that is no option.
       adaptive: whether how many stay depends on the prompt.
+      appends: the option that says how many compression tokens stand behind an image, if any do.
+      soft: of a method with cuts that trains, what it does instead in training.
     """
 
-    build: Callable[[ReducerSpec, int], Reducer]
+    build: Callable[[ReducerSpec, int, int], Reducer] | None
     reads: tuple[str, ...]
     options: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     first_layer: int = 1
@@ -85,23 +110,36 @@ class Method:
     patches: Callable[[jax.Array], jax.Array] | None = None
     score: str = "last"
     adaptive: bool = False
+    appends: str = ""
+    soft: SoftForm | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether a model must be trained with it."""
+        return bool(self.appends) or self.soft is not None
 
 
-def _fastv(spec: ReducerSpec, num_layers: int) -> Reducer:
+def _fastv(spec: ReducerSpec, num_layers: int, visual_tokens: int) -> Reducer:
     return FastV(spec.layer, spec.keep, **dict(spec.options))
 
 
-def _schedule(spec: ReducerSpec, num_layers: int) -> Reducer:
+def _schedule(spec: ReducerSpec, num_layers: int, visual_tokens: int) -> Reducer:
     return Schedule(spec.schedule, num_layers, **dict(spec.options))
 
 
-def _sparsity(spec: ReducerSpec, num_layers: int) -> Reducer:
+def _sparsity(spec: ReducerSpec, num_layers: int, visual_tokens: int) -> Reducer:
     return SparsitySimilarity(spec.layer)
 
 
-def _sgl(spec: ReducerSpec, num_layers: int) -> Reducer:
+def _sgl(spec: ReducerSpec, num_layers: int, visual_tokens: int) -> Reducer:
     return SGL(spec.layer, spec.keep)
 
+
+def _atp(spec: ReducerSpec, num_layers: int, visual_tokens: int) -> Reducer:
+    return atp.ATP(num_layers, visual_tokens)
+
+
+_COUNTS = ("1", "2", "4", "8", "16", "32", "64", "128")  # of compression tokens, as in the paper's table
 
 REDUCERS: dict[str, Method] = {
     "fastv": Method(_fastv, ("layer", "keep"), {"score": SCORES}),
@@ -115,12 +153,24 @@ REDUCERS: dict[str, Method] = {
         adaptive=True,
     ),
     "sgl": Method(_sgl, ("layer", "keep", "guide", "exit_above"), first_layer=0, given=True),
+    "voco": Method(None, (), {"tokens": _COUNTS}, appends="tokens"),
+    "atp": Method(_atp, ("keep",), adaptive=True, score="received", soft=SoftForm(atp.soften, atp.penalty)),
 }
 
 
-def make_reducer(spec: ReducerSpec, num_layers: int) -> Reducer:
-    """The module of a method, in an LLM of so many layers."""
-    return REDUCERS[spec.name].build(spec, num_layers)
+def make_reducer(spec: ReducerSpec, num_layers: int, visual_tokens: int = 0) -> Reducer | None:
+    """The module of a method, in an LLM of so many layers; None for one without cuts.
+
+    How many visual tokens an image has concerns only what the module computes, not where it cuts.
+    """
+    build = REDUCERS[spec.name].build
+    return None if build is None else build(spec, num_layers, visual_tokens)
+
+
+def cut_layers(spec: ReducerSpec, num_layers: int) -> tuple[int, ...]:
+    """In front of which layers a method drops tokens."""
+    reducer = make_reducer(spec, num_layers)
+    return () if reducer is None else reducer.layers
 
 
 def is_adaptive(spec: ReducerSpec) -> bool:
@@ -154,6 +204,20 @@ def check_reducer(spec: ReducerSpec, num_layers: int, visual_tokens: int) -> Non
         _check_share("keep", spec.keep)
     if "schedule" in reads:
         _check_schedule(spec.schedule, num_layers)
+    if REDUCERS[spec.name].soft is not None:
+        if num_layers < 2:
+            raise UserError(f"reducer.name={spec.name}: needs an LLM of two layers or more")
+        first = cut_layers(spec, num_layers)[0]
+        if spec.keep <= first / num_layers:
+            raise UserError(
+                f"reducer.keep={spec.keep:g}: the mean share over {num_layers} layers, of which {first} see "
+                f"all tokens; above {first / num_layers:g}"
+            )
+    if spec.appended >= visual_tokens:
+        raise UserError(
+            f"reducer.options: tokens={spec.appended}: fewer than compressor.visual_tokens={visual_tokens}, "
+            "which they stand for"
+        )
 
 
 def _check_share(key: str, share: float) -> None:
@@ -183,6 +247,7 @@ __all__ = [
     "Reducer",
     "ReducerSpec",
     "check_reducer",
+    "cut_layers",
     "is_adaptive",
     "label",
     "make_reducer",

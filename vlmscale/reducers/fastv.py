@@ -47,4 +47,4 @@ def rank_by(score: str, tokens: Prefix, heads: Heads) -> jnp.ndarray:
     """One of `SCORES`: [B, T] float32."""
     if score == "last":
         return last_query(tokens, heads)
-    return received(tokens, heads, tokens.valid, itself=False)
+    return received(tokens.valid, heads, tokens.valid, itself=False)

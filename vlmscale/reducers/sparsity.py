@@ -38,7 +38,7 @@ class SparsitySimilarity(nn.Module):
         index = jnp.arange(tokens.valid.shape[1])
         first = jnp.min(jnp.where(tokens.visual, index, len(index)), axis=1, keepdims=True)
         text = tokens.valid & ~tokens.visual & (index > first)
-        score = received(tokens, at.heads, text, itself=False)
+        score = received(tokens.valid, at.heads, text, itself=False)
         return Ranking(score, knee(score, tokens.visual))
 
 

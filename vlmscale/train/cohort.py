@@ -192,7 +192,7 @@ def alike(cells: Sequence[Cell]) -> list[tuple[int, ...]]:
         own = {name: value for name, value, _ in leaves(cell)}
         for name in ("train.seed", "train.learning_rate"):
             del own[name]
-        parts = ("decoder", "compressor", "tower")
+        parts = ("decoder", "compressor", "tower")  # a reducer has parameters only where it trains
         frozen = tuple(frozen_key(cell, part) for part in parts if part not in trained_parts(cell))
         found.setdefault((json.dumps(own, sort_keys=True), frozen), []).append(index)
     return [tuple(indices) for indices in found.values()]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from vlmscale.config import Cell, DataConfig, identity, parse_mixture
+from vlmscale.config import Cell, DataConfig, identity, image_slots, parse_mixture
 from vlmscale.content import TOKENIZER_FILES, content_sha256
 from vlmscale.data import tokenizer as tokenizers
 from vlmscale.data.conversation import Template, make_template
@@ -138,7 +138,7 @@ class Prepared:
           cell: the config.
           readers: of the pictures of each data set; None for the cell's own.
         """
-        data, template, tokens = cell.data, self.template, cell.compressor.visual_tokens
+        data, template, tokens = cell.data, self.template, image_slots(cell)
         limits = Limits(data.max_text_tokens, data.row_length, tokens)
         readers = self.pictures(split, [cell]) if readers is None else readers
         parts, lengths = self.datasets[split], self.lengths(split)
@@ -156,7 +156,7 @@ class Prepared:
         emptied = int(np.count_nonzero((before.supervised > 0) & (after.supervised == 0)))
         if tokens and before.images.any() and not after.images.any():
             raise UserError(
-                f"data.row_length={data.row_length}: no picture of {tokens} visual tokens fits; raise it"
+                f"data.row_length={data.row_length}: no picture of {tokens} tokens fits; raise it"
             )
         return Samples(cell, source, parts, fitted, template, cut, emptied)
 

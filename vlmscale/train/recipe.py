@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from vlmscale.config import Cell, TrainConfig, from_dict
+from vlmscale.config import Cell, TrainConfig, from_dict, trains_reducer
 from vlmscale.models.vlm import VLM
 from vlmscale.records import read_json
 from vlmscale.train.step import Objective, build_model
@@ -22,6 +22,7 @@ def trained_parts(cell: Cell) -> dict[str, float]:
         "compressor": train.compressor_rate if sees else 0.0,
         "decoder": train.llm_rate,
         "tower": train.tower_rate,
+        "reducing": train.reducer_rate if trains_reducer(cell) else 0.0,
     }
     return {part: rate for part, rate in rates.items() if rate}
 

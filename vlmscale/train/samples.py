@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlmscale.compressors import COMPRESSORS
-from vlmscale.config import Cell, parse_mixture
+from vlmscale.config import Cell, image_slots, parse_mixture
 from vlmscale.cost.image import Sample
 from vlmscale.data.conversation import Template
 from vlmscale.data.dataset import Dataset
@@ -53,7 +53,7 @@ class Samples:
         if not len(found):
             raise UserError(
                 f"data.row_length={self.cell.data.row_length}: no conversation has a word of an answer "
-                f"within it, with {self.cell.compressor.visual_tokens} visual tokens a picture; raise it"
+                f"within it, with {image_slots(self.cell)} tokens a picture; raise it"
             )
         return found
 
@@ -63,7 +63,7 @@ class Samples:
 
     def one_per_row(self) -> Layout:
         """Rows of one conversation each, as those of an evaluation are."""
-        method, tokens = COMPRESSORS[self.cell.compressor.name], self.cell.compressor.visual_tokens
+        method, tokens = COMPRESSORS[self.cell.compressor.name], image_slots(self.cell)
         return Layout.one_per_row(
             self._used(),
             tokens,
@@ -80,7 +80,7 @@ class Samples:
         Raises:
           UserError: nothing is left to train on.
         """
-        data, tokens = self.cell.data, self.cell.compressor.visual_tokens
+        data, tokens = self.cell.data, image_slots(self.cell)
         starts = np.cumsum([0, *map(len, self.datasets)])
         usable = tuple(
             start + np.flatnonzero(lengths.supervised)

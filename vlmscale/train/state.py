@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmscale import layers
 from vlmscale.compressors.features import abstract_features
-from vlmscale.config import Cell, MeshConfig, from_dict
+from vlmscale.config import Cell, MeshConfig, from_dict, trains_reducer
 from vlmscale.content import check_trained
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES, DecoderSize
@@ -35,7 +35,7 @@ from vlmscale.weights.directory import abstract_tower
 from vlmscale.weights.load import Source, initialise_missing, load_params
 
 _STATE_SHARE = 0.6  # of a device's memory that state and gradients may take; activations need the rest
-PARTS = ("decoder", "compressor", "tower")
+PARTS = ("decoder", "compressor", "reducing", "tower")
 # Fields of a decoder's row that a checkpoint must agree with.
 _ARCHITECTURE = (
     "family",
@@ -54,7 +54,7 @@ _ARCHITECTURE = (
 
 def shapes_of_batch(model: VLM) -> dict[str, Any]:
     """The smallest batch, in the abstract, that the parameters of a model can be laid out with."""
-    ids = jax.ShapeDtypeStruct((1, model.visual_tokens + 8), np.int32)
+    ids = jax.ShapeDtypeStruct((1, model.image_slots + 8), np.int32)
     flags = jax.ShapeDtypeStruct(ids.shape, bool)
     names = ("tokens", "positions", "segment_ids", "target_positions", "query_tokens")
     batch: dict[str, Any] = dict.fromkeys(names, ids) | dict.fromkeys(("image_slots", "target_mask"), flags)
@@ -67,7 +67,7 @@ def shapes_of_batch(model: VLM) -> dict[str, Any]:
 
 
 def boxed_params(model: VLM) -> Params:
-    """Shapes and logical axes of decoder and compressor."""
+    """Shapes and logical axes of decoder, compressor and a reducer that trains."""
     # Attention has no parameters, and its kernels ask for the devices that they are compiled for.
     plain = model.clone(block_rows=1, attention="xla", remat="block", dtype=jnp.float32)
     return dict(_boxed_params(plain))
@@ -308,6 +308,11 @@ def _check_stage(run: Path, earlier: Cell, cell: Cell) -> None:
         theirs, ours = getattr(getattr(earlier, section), name), getattr(getattr(cell, section), name)
         if theirs != ours:
             raise UserError(f"train.init_from={run}: has {key}={theirs}, this config {ours}")
+    if trains_reducer(earlier) and earlier.reducer != cell.reducer:
+        raise UserError(
+            f"train.init_from={run}: was trained with reducer.name={earlier.reducer.name}, this config has "
+            f"reducer.name={cell.reducer.name} or other values of it"
+        )
     if earlier.llm.checkpoint and not cell.llm.checkpoint:
         raise UserError(
             f"train.init_from={run}: began with llm.checkpoint={earlier.llm.checkpoint}; name it here too"

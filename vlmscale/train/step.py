@@ -19,6 +19,7 @@ from vlmscale.data import images
 from vlmscale.models.decoder import head_table
 from vlmscale.models.sizes import SIZES, TOWERS, TowerSize
 from vlmscale.models.vlm import VLM, Inputs, narrow
+from vlmscale.reducers import REDUCERS
 from vlmscale.train.loss import DEFAULT_CHUNK, chunked_cross_entropy
 
 Params = dict[str, Any]
@@ -146,13 +147,20 @@ def _answers(batch: Arrays) -> jax.Array | None:
 
 
 def init_params(model: VLM, batch: Arrays, seed: int | jax.Array) -> Params:
-    """Fresh parameters of compressor and decoder; `batch` gives shapes only and holds tower outputs."""
+    """Fresh parameters of all parts but the tower; `batch` gives shapes only and holds tower outputs."""
     return layers.init_params(model, jax.random.key(seed), model_inputs(batch), batch["target_positions"])
+
+
+class Loss(NamedTuple):
+    """What training makes smaller: the sum of the two, float32 scalars."""
+
+    entropy: jax.Array
+    penalty: jax.Array
 
 
 @dataclass(frozen=True)
 class Objective:
-    """What training makes smaller: the weighted cross-entropy of the supervised positions.
+    """What training makes smaller: the weighted cross-entropy of the supervised positions, with a penalty.
 
     Attributes:
       model: of a cell, in its dtype.
@@ -185,7 +193,18 @@ class Objective:
         step: jax.Array | None = None,
         seed: int | jax.Array = 0,
     ) -> jax.Array:
-        """The sum over positions of weight times cross-entropy, float32.
+        """The cross-entropy of `parts`, whose arguments it has."""
+        return self.parts(params, batch, weights, step, seed).entropy
+
+    def parts(
+        self,
+        params: Params,
+        batch: Arrays,
+        weights: jax.Array,
+        step: jax.Array | None = None,
+        seed: int | jax.Array = 0,
+    ) -> Loss:
+        """The sum over positions of weight times cross-entropy, and what a reducer that trains pays.
 
         A nested compressor that trains all of its counts gives the mean of their sums (M3, arXiv 2405.17430),
         one that trains a drawn count the sum at that of `step`, or at all tokens where `step` is None (MQT,
@@ -207,12 +226,12 @@ class Objective:
             return self._sum(model, params, inputs, places, batch, weights)
         largest, counts = model.visual_tokens, method.nested(model.visual_tokens)
         if method.trains_all:
-            total = jnp.float32(0)
+            total = jnp.float32(0)  # no reducer trains with these
             for count in counts:
                 shorter, moved = narrow(inputs, places, largest, count, model.block_rows, model.full_rows)
                 smaller = model.clone(visual_tokens=count, largest=largest)
-                total += self._sum(smaller, params, shorter, moved, batch, weights)
-            return total / len(counts)
+                total += self._sum(smaller, params, shorter, moved, batch, weights).entropy
+            return Loss(total / len(counts), jnp.float32(0))
         if step is not None:
             drawn = jax.random.randint(jax.random.fold_in(jax.random.key(seed), step), (), 0, len(counts))
             inputs = inputs._replace(visual_count=jnp.asarray(counts, jnp.int32)[drawn])
@@ -221,17 +240,22 @@ class Objective:
     def plain(self, params: Params, batch: Arrays, weights: jax.Array) -> jax.Array:
         """As a call, at the model's own number of visual tokens whatever the method trains."""
         batch = with_tower_outputs(self.model, batch, params.get("tower"))
-        return self._sum(self.model, params, model_inputs(batch), batch["target_positions"], batch, weights)
+        places = batch["target_positions"]
+        return self._sum(self.model, params, model_inputs(batch), places, batch, weights).entropy
 
     def _sum(
         self, model: VLM, params: Params, inputs: Inputs, places: jax.Array, batch: Arrays, weights: jax.Array
-    ) -> jax.Array:
-        behind = {part: params[part] for part in ("decoder", "compressor") if part in params}
-        states = model.apply({"params": behind}, inputs, places, method="states")
+    ) -> Loss:
+        behind = {part: params[part] for part in ("decoder", "compressor", "reducing") if part in params}
+        states, shares = model.apply({"params": behind}, inputs, places, method="trained_states")
         table = head_table(model.decoder_size, params["decoder"])
-        return chunked_cross_entropy(
+        entropy = chunked_cross_entropy(
             states, table, batch["target_ids"], weights, chunk=self.chunk, train_table=self.train_table
         )
+        spec = model.reducer
+        if shares is None or spec is None or (soft := REDUCERS[spec.name].soft) is None:
+            return Loss(entropy, jnp.float32(0))
+        return Loss(entropy, soft.penalty(shares, model.decoder_size.num_layers, spec.keep))
 
 
 def loss_sum(
@@ -272,31 +296,34 @@ def make_train_step(
         gradients of the parts are added up in float32.
 
     Returns:
-      The step; `frozen` holds the parameters of parts that do not train. Metrics are "loss", "grad_norm" and
-      "target_tokens".
+      The step; `frozen` holds the parameters of parts that do not train. Metrics are "loss" (the
+      cross-entropy), "grad_norm" and "target_tokens".
     """
 
-    def gradient(state: TrainState, frozen: Params, batch: Arrays, knobs: Knobs) -> tuple[jax.Array, Params]:
+    def gradient(state: TrainState, frozen: Params, batch: Arrays, knobs: Knobs) -> tuple[Any, Params]:
         weights = objective.weights(batch["target_mask"])
 
-        def loss(params: Params, batch: Arrays, weights: jax.Array) -> jax.Array:
-            return objective(frozen | params, batch, weights, state.step, knobs.seed)
+        def loss(params: Params, batch: Arrays, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+            found = objective.parts(frozen | params, batch, weights, state.step, knobs.seed)
+            # Weights add up over the parts of a batch; a penalty is a mean.
+            return found.entropy + found.penalty / accumulate, found.entropy
 
-        run = jax.value_and_grad(loss)
+        run = jax.value_and_grad(loss, has_aux=True)
         if accumulate == 1:
             return run(state.params, batch, weights)
 
-        def add(carry: tuple[jax.Array, Params], part: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
+        def add(carry: tuple[Any, Params], part: tuple[Arrays, jax.Array]) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, carry, run(state.params, *part)), None
 
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-        total: tuple[jax.Array, Params] = jax.lax.scan(add, zeros, (batch, weights))[0]
+        zero = jnp.float32(0)
+        zeros = ((zero, zero), jax.tree.map(jnp.zeros_like, state.params))
+        total: tuple[Any, Params] = jax.lax.scan(add, zeros, (batch, weights))[0]
         return total
 
     def train_step(
         state: TrainState, frozen: Params, batch: Arrays, knobs: Knobs
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        loss, grads = gradient(state, frozen, batch, knobs)
+        (loss, entropy), grads = gradient(state, frozen, batch, knobs)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         scaled = {
             part: jax.tree.map(lambda x, rate=rates[part]: x * (knobs.learning_rate * rate), update)
@@ -308,7 +335,7 @@ def make_train_step(
         params, opt_state = jax.tree.map(
             lambda after, before: jnp.where(good, after, before), new, (state.params, state.opt_state)
         )
-        metrics = {"loss": loss, "grad_norm": norm, "target_tokens": jnp.sum(batch["target_mask"])}
+        metrics = {"loss": entropy, "grad_norm": norm, "target_tokens": jnp.sum(batch["target_mask"])}
         return TrainState(state.step + 1, params, opt_state, state.skipped + ~good), metrics
 
     return train_step
