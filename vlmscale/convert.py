@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict
 
 from vlmscale import model_card
 from vlmscale.compressors import parse_options
-from vlmscale.config import Cell
+from vlmscale.config import Cell, trains_reducer
 from vlmscale.data.processor import CONFIG as IMAGES
 from vlmscale.data.processor import NESTED, ImageProcessor, processor_config
 from vlmscale.data.tokenizer import IMAGE, tokenizer_files
@@ -216,6 +216,11 @@ def export_run(run: LoadedRun, out: Path, dtype: str | None) -> list[Path]:
         raise UserError(
             f"{run.path}: was trained with the tokenizer of another model (data.tokenizer); only runs with a "
             "tokenizer of their own are exported so far"
+        )
+    if trains_reducer(run.cell):
+        raise UserError(
+            f"{run.path}: was trained with reducer.name={run.cell.reducer.name}, which no model of "
+            "transformers has; evaluate and generate answer with the run itself"
         )
     kind = np.dtype(jnp.dtype(dtype or "float32"))
     template, compressor = run.prepared.template, run.cell.compressor

@@ -9,6 +9,8 @@ import numpy as np
 
 from vlmscale.models.sizes import DecoderSize
 
+# (place of a query, place of a key) to whether it is seen.
+Sees = Callable[[int, int], bool]
 # (cut, attention [H, T, T] of the layer in front, places of the visual tokens) to those that stay.
 Choose = Callable[[int, np.ndarray | None, list[int]], list[int]]
 
@@ -49,6 +51,7 @@ class Naive:
         cuts: Sequence[int],
         choose: Choose,
         then: Sequence[int] = (),
+        sees: Sees = lambda query, key: True,
     ) -> Answered:
         """Read a prompt, dropping at the cuts, and then a given answer token by token.
 
@@ -59,6 +62,7 @@ class Naive:
           cuts: layers in front of which `choose` is asked.
           choose: says which visual tokens stay.
           then: ids of the answer.
+          sees: what of the tokens in front a token of the prompt sees; what its end does not is forgotten.
         """
         size = self.size
         places, where = list(range(len(x))), np.array(positions)
@@ -73,7 +77,10 @@ class Naive:
                 kept.append(sorted(staying))
                 index = [at for at, place in enumerate(places) if place not in visual or place in staying]
                 places, x = [places[at] for at in index], x[index]
-            x, attention = self.layer(layer, x, where[places])
+            x, attention = self.layer(layer, x, where[places], sees)
+            left = [at for at, place in enumerate(places) if sees(len(where), place)]
+            self.k[layer] = [self.k[layer][at] for at in left]
+            self.v[layer] = [self.v[layer][at] for at in left]
         logits, following = [self.logits(x[-1])], max(positions) + 1
         for number, token in enumerate(then):
             y = np.asarray(self.params["embedding"][token], np.float64)[None]
@@ -82,7 +89,13 @@ class Naive:
             logits.append(self.logits(y[0]))
         return Answered(logits, [len(stored) for stored in self.k], kept)
 
-    def layer(self, number: int, x: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def layer(
+        self,
+        number: int,
+        x: np.ndarray,
+        positions: np.ndarray,
+        sees: Sees = lambda query, key: True,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """One layer behind what its cache holds; also the attention [H, T, S]."""
         size, p = self.size, self.params[f"layers_{number}"]
 
@@ -106,11 +119,12 @@ class Naive:
         for head in range(size.num_heads):
             shared = head // (size.num_heads // size.num_kv_heads)
             for row in range(len(x)):
-                seen = keys[: before + row + 1, shared]
-                scores = seen @ q[row, head] / np.sqrt(size.head_dim)
+                end = before + row + 1
+                seen = [at for at in range(end) if before or sees(row, at)]
+                scores = keys[seen, shared] @ q[row, head] / np.sqrt(size.head_dim)
                 weights = np.exp(scores - scores.max())
-                attention[head, row, : len(seen)] = weights / weights.sum()
-                mixed[row, head] = attention[head, row, : len(seen)] @ values[: len(seen), shared]
+                attention[head, row, seen] = weights / weights.sum()
+                mixed[row, head] = attention[head, row, :end] @ values[:end, shared]
         x = x + linear("o", mixed.reshape(len(x), -1))
         h = normed("mlp_norm", x)
         gate = linear("gate", h)

@@ -9,7 +9,7 @@ import numpy as np
 from tests.compressors.cases import TOWER, Case, tower_outputs
 from vlmscale.models.sizes import DecoderSize
 from vlmscale.models.vlm import VLM
-from vlmscale.reducers import ReducerSpec
+from vlmscale.reducers import REDUCERS, ReducerSpec
 
 VOCAB, LONGEST, TEXTS = 23, 9, (9, 6, 8, 4)
 SIZES = {
@@ -41,6 +41,14 @@ def sparse(layer: int = 2, **options: str) -> ReducerSpec:
     return ReducerSpec("sparsity_similarity", layer, 1.0, (), tuple(options.items()))
 
 
+def voco(tokens: int = 1) -> ReducerSpec:
+    return ReducerSpec("voco", 2, 0.5, (), () if tokens == 1 else (("tokens", str(tokens)),))
+
+
+def atp(keep: float = 0.5) -> ReducerSpec:
+    return ReducerSpec("atp", 2, keep, ())
+
+
 SPECS = {
     "fastv": fastv(),
     "fastv-received": fastv(3, 0.5, score="received"),
@@ -48,7 +56,11 @@ SPECS = {
     "sparsity": sparse(),
     "sparsity-inside": sparse(3, patches="all"),
     "g_search-received": scheduled(1, 1, 0.5, 0.2, 0.1, score="received"),
+    "voco": voco(),
+    "voco-2": voco(2),
+    "atp": atp(),
 }
+TRAINED = [name for name, spec in SPECS.items() if REDUCERS[spec.name].trained]
 
 
 def make_model(spec: ReducerSpec | None, case: Case = MLP, size: str = "grouped", **more: Any) -> VLM:
@@ -66,18 +78,18 @@ def make_model(spec: ReducerSpec | None, case: Case = MLP, size: str = "grouped"
     )
 
 
-def make_prompts(case: Case = MLP, rows: int = len(TEXTS)) -> dict[str, Any]:
+def make_prompts(case: Case = MLP, rows: int = len(TEXTS), appended: int = 0) -> dict[str, Any]:
     """Right-padded prompts of different lengths, two tokens of text in front of the picture of each.
 
-    Every fourth has no picture, and is shorter by that.
+    Every fourth has no picture, and is shorter by that. `appended` compression tokens stand behind a picture.
     """
     rng = np.random.default_rng(5)
-    length = LONGEST + case.visual_tokens
+    length = LONGEST + case.visual_tokens + appended
     tokens = rng.integers(1, VOCAB, (rows, length)).astype(np.int32)
     slots, valid = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
     for row in range(rows):
         text = TEXTS[row % len(TEXTS)]
-        shown = case.visual_tokens if text != TEXTS[-1] else 0
+        shown = case.visual_tokens + appended if text != TEXTS[-1] else 0
         slots[row, 2 : 2 + shown] = 1
         valid[row, : text + shown] = True
     return {"tokens": tokens, "image_slots": slots, "valid": valid, **tower_outputs(case.needs, rows)}

@@ -31,7 +31,7 @@ from vlmscale.layers import abstract_params
 from vlmscale.models.cuts import Heads, Prefix, Ranking, gather, stays
 from vlmscale.models.ranking import received, share_of, shares_of
 from vlmscale.models.vlm import VLM
-from vlmscale.reducers import ReducerSpec, is_adaptive, make_reducer
+from vlmscale.reducers import ReducerSpec, cut_layers, is_adaptive
 from vlmscale.reducers.sparsity import knee, similar_patches
 from vlmscale.sharding import make_mesh, place, put_batch
 
@@ -43,12 +43,11 @@ ANSWER = 32
 @pytest.fixture(scope="module")
 def params_of(random_params: Callable[..., Any]) -> Callable[..., Any]:
     @functools.cache
-    def make(size: str = "grouped", case: Any = MLP) -> Any:
-        batch = make_prompts(case)
+    def make(size: str = "grouped", case: Any = MLP, name: str = "fastv") -> Any:
+        batch = make_prompts(case, appended=SPECS[name].appended)
         inputs = prompt_inputs(batch)
-        return random_params(make_model(None, case, size), inputs, jnp.zeros((len(batch["tokens"]), 1), int))[
-            "params"
-        ]
+        model = make_model(SPECS[name], case, size)
+        return random_params(model, inputs, jnp.zeros((len(batch["tokens"]), 1), int))["params"]
 
     return make
 
@@ -67,10 +66,11 @@ def answer(
     variables = {"params": params}
     inputs = prompt_inputs(batch)
     first, cache, position = model.apply(variables, inputs, length + steps, form=form, method="prefill")
+    slots = cache.slots
 
     def one_more(cache: Any, step: jax.Array) -> tuple[Any, jax.Array]:
         logits, cache = model.apply(
-            variables, then[:, step], position + step, cache, length + step, method="decode"
+            variables, then[:, step], position + step, cache, slots - steps + step, method="decode"
         )
         return cache, logits
 
@@ -91,6 +91,10 @@ def reference(name: str, model: VLM, params: Any, batch: dict[str, Any], row: in
     by_last = spec.score == "last"
     if spec.name == "sparsity_similarity":
         return naive_sparsity(model, params, batch, row, embedded, there, visual)
+    if spec.name == "voco":
+        return naive_voco(model, params, batch, row, embedded, there, visual)
+    if spec.name == "atp":
+        return naive_atp(model, params, batch, row, embedded, there, visual)
     shares = {spec.layer: spec.keep} if spec.name == "fastv" else dict(enumerate(spec.schedule))
     if spec.name == "fastv":
         cuts: Sequence[int] = [spec.layer]
@@ -135,6 +139,69 @@ def naive_sparsity(
         np.asarray(embedded.positions)[row, there].tolist(),
         visual,
         [model.reducer.layer],
+        choose,
+        given_answers(len(batch["tokens"]))[row].tolist(),
+    )
+
+
+def naive_voco(
+    model: VLM, params: Any, batch: Any, row: int, embedded: Any, there: np.ndarray, visual: list[int]
+) -> Answered:
+    """Behind the last compression token all is hidden up to the first, with the text in front."""
+    last = visual[-1] if visual else -1
+    first = last - model.appended + 1
+
+    def sees(query: int, key: int) -> bool:
+        return not visual or query <= last or key >= first
+
+    return Naive(params["decoder"], model.decoder_size).answer(
+        np.asarray(embedded.embeddings)[row, there],
+        np.asarray(embedded.positions)[row, there].tolist(),
+        visual,
+        [],
+        lambda cut, attention, places: places,
+        given_answers(len(batch["tokens"]))[row].tolist(),
+        sees,
+    )
+
+
+def naive_atp(
+    model: VLM, params: Any, batch: Any, row: int, embedded: Any, there: np.ndarray, visual: list[int]
+) -> Answered:
+    """Thresholds from what picture and question look at; a token stays for its score or for its place."""
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["reducing"])
+    side = int(model.visual_tokens**0.5)
+    alive = list(visual)
+
+    def sigmoid(x: Any) -> Any:
+        return 1 / (1 + np.exp(-x))
+
+    def choose(cut: int, attention: np.ndarray | None, places: list[int]) -> list[int]:
+        assert attention is not None
+        if not places:
+            return []
+        mean = attention.mean(0)
+        text = [at for at in range(len(mean)) if at not in places and at > places[0]]
+        scores, shares = np.zeros(len(places)), []
+        for asking in (places, text):
+            got = np.array([mean[asking, place].sum() for place in places])
+            shares.append(got.sum() / max(len(asking), 1e-6))
+            scores += got / (got + got.mean()) / 2
+        important, sampled = sigmoid(np.array(shares) @ p["mix"][cut] @ p["threshold"][cut] + p["bias"][cut])
+        kept = []
+        for at, token in enumerate(places):
+            rank = int(there[alive[at]]) - 2
+            by_place = 0.25 if rank // side % 2 == 0 and rank % side % 2 == 0 else 0.0
+            if scores[at] > important or by_place > sampled:
+                kept.append(token)
+        alive[:] = [alive[places.index(token)] for token in kept]
+        return kept
+
+    return Naive(params["decoder"], model.decoder_size).answer(
+        np.asarray(embedded.embeddings)[row, there],
+        np.asarray(embedded.positions)[row, there].tolist(),
+        visual,
+        cut_layers(SPECS["atp"], model.decoder_size.num_layers),
         choose,
         given_answers(len(batch["tokens"]))[row].tolist(),
     )
@@ -213,7 +280,8 @@ def test_kept_tokens_and_logits_are_those_of_the_naive_decoder(
     """Prompts of four lengths, one without a picture; 32 tokens behind each."""
     if SPECS[name].patches is not None and case is not MLP:
         pytest.skip("patches=similar is for mlp alone, and refused elsewhere")
-    model, params, batch = make_model(SPECS[name], case, size), params_of(size, case), make_prompts(case)
+    model, params = make_model(SPECS[name], case, size), params_of(size, case, name)
+    batch = make_prompts(case, appended=model.appended)
     rows = len(batch["tokens"])
     logits, cache = answer(model, params, batch, given_answers(rows), form)
     for row in range(rows):
@@ -224,24 +292,25 @@ def test_kept_tokens_and_logits_are_those_of_the_naive_decoder(
         cuts = cuts_of(model)
         of_layer = [held[sum(cut <= layer for cut in cuts)] for layer in range(SIZES[size].num_layers)]
         assert of_layer == wanted.cached
-        if form == "masked":
+        if form == "masked" and not model.appended:
             for part, kept in zip(cache.seen[1:], wanted.kept, strict=True):
                 seen = np.asarray(part)[row, : batch["tokens"].shape[1]]
                 before = np.cumsum(np.asarray(cache.seen[0])[row, : len(seen)]) - 1
                 found = before[np.flatnonzero(seen & (batch["image_slots"][row] > 0))]
                 np.testing.assert_array_equal(found, kept)
-    if form == "compact" and not is_adaptive(SPECS[name]):
+    if form == "compact" and not is_adaptive(SPECS[name]) and not model.appended:
         assert cache.k[-1].shape[2] < cache.k[0].shape[2]
 
 
 def cuts_of(model: VLM) -> tuple[int, ...]:
     assert model.reducer is not None
-    return make_reducer(model.reducer, model.decoder_size.num_layers).layers
+    return cut_layers(model.reducer, model.decoder_size.num_layers)
 
 
 @every_reducer
 def test_a_row_does_not_depend_on_its_batch(name: str, params_of: Callable[..., Any]) -> None:
-    model, params, batch = make_model(SPECS[name]), params_of(), make_prompts()
+    model, params = make_model(SPECS[name]), params_of(name=name)
+    batch = make_prompts(appended=model.appended)
     then = given_answers(len(batch["tokens"]))
     whole, _ = answer(model, params, batch, then)
     for row in range(len(then)):
@@ -252,7 +321,8 @@ def test_a_row_does_not_depend_on_its_batch(name: str, params_of: Callable[..., 
 
 @every_reducer
 def test_rows_and_weights_may_be_split(name: str, params_of: Callable[..., Any]) -> None:
-    model, params, batch = make_model(SPECS[name]), params_of(), make_prompts(rows=8)
+    model, params = make_model(SPECS[name]), params_of(name=name)
+    batch = make_prompts(rows=8, appended=model.appended)
     wanted, _ = answer(model, params, batch, given_answers(8), steps=3)
     mesh = make_mesh(2, 2, 2)
     boxed = abstract_params(model, prompt_inputs(batch), jnp.zeros((8, 1), int))
@@ -295,7 +365,8 @@ def prefix(valid: np.ndarray, visual: np.ndarray) -> Prefix:
     rows, length = valid.shape
     x = np.arange(rows * length, dtype=np.float32).reshape(rows, length, 1)
     positions = np.broadcast_to(np.arange(length), valid.shape)
-    return Prefix(*map(jnp.asarray, (x, positions, valid, visual, visual.sum(1))))
+    rank = np.zeros(valid.shape, np.int32)
+    return Prefix(*map(jnp.asarray, (x, positions, valid, visual, visual.sum(1), rank)))
 
 
 def test_ties_go_to_the_earlier_token_and_the_last_of_a_prompt_stays() -> None:
@@ -316,9 +387,12 @@ def test_received_attention_in_blocks_is_that_of_the_whole_matrix() -> None:
     q, k = (rng.standard_normal((2, 300, heads, 8)).astype(np.float32) for heads in (4, 2))
     valid = np.arange(300) < np.array([[300], [170]])
     counted = rng.random((2, 300)) < 0.5
-    tokens = prefix(valid, np.zeros_like(valid))
+    both = jnp.asarray(np.stack([counted, ~counted], axis=-1))
     for itself in (True, False):
-        found = received(tokens, Heads(jnp.asarray(q), jnp.asarray(k)), jnp.asarray(counted), itself)
+        heads = Heads(jnp.asarray(q), jnp.asarray(k))
+        found = received(jnp.asarray(valid), heads, jnp.asarray(counted), itself)
+        two = received(jnp.asarray(valid), heads, both, itself)
+        np.testing.assert_allclose(two[:, :, 0], found, atol=1e-6)
         scores = np.einsum("bthd,bshd->bhts", q, np.repeat(k, 2, 2)) / np.sqrt(8)
         scores = np.where(np.tril(np.ones((300, 300), bool)) & valid[:, None, None], scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))

@@ -14,10 +14,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from tests.compressors.cases import TOWER, Batch, Case, build, make_batch, tower_params
-from vlmscale.config import Cell, TrainConfig
+from vlmscale.config import Cell, ReducerConfig, TrainConfig
 from vlmscale.distributed import host_part
 from vlmscale.models.sizes import DecoderSize
 from vlmscale.models.vlm import VLM
+from vlmscale.reducers import ReducerSpec
 from vlmscale.sharding import put_batch, replicated
 from vlmscale.train.recipe import trained_parts
 from vlmscale.train.state import abstract_state, first_state, lay_out, stack_states, stacked
@@ -54,7 +55,8 @@ class Setup:
     @property
     def cell(self) -> Cell:
         """A cell with this recipe, of which nothing else is read."""
-        return Cell(train=self.train)
+        reducer = self.model.reducer
+        return Cell(train=self.train, reducer=ReducerConfig(reducer.name if reducer else "none"))
 
     def parts(self, trained: bool) -> Batch:
         """The parameters that train, or those that do not."""
@@ -77,10 +79,16 @@ def recipe(**options: Any) -> TrainConfig:
 
 
 def make_setup(
-    case: Case, random_params: Callable[..., Any], size: DecoderSize = SIZE, rows: int = ROWS
+    case: Case,
+    random_params: Callable[..., Any],
+    size: DecoderSize = SIZE,
+    rows: int = ROWS,
+    reducer: ReducerSpec | None = None,
 ) -> Setup:
     """A case with random parameters, and two batches whose rows have one to three targets each."""
-    model, batch = build(case, size, VOCAB), make_batch(case, rows, VOCAB)
+    model = build(case, size, VOCAB, reducer=reducer)
+    slots = case._replace(visual_tokens=model.image_slots)
+    batch = make_batch(slots, rows, VOCAB)
     params = dict(random_params(model, model_inputs(batch), batch["target_positions"])["params"])
     if batch.pop("tower", None) is not None:
         params["tower"] = {name: tower_params()[name] for name in _blocks()}

@@ -144,8 +144,8 @@ def load_run(
     cell = override(replace(cell, mesh=MeshConfig()), overrides, ("evaluate", "mesh", "reducer"))
     if (learned or trains_reducer(cell)) and cell.reducer != own:
         raise UserError(
-            f"reducer.name={cell.reducer.name}: {path} was trained with reducer.name={own.name}; a reducer that "
-            "trains stays with its run"
+            f"reducer.name={cell.reducer.name}: {path} was trained with reducer.name={own.name}; a reducer "
+            "that trains stays with its run"
         )
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
     mesh = mesh or choose_mesh([cell], prepared, functools.partial(loading_bytes, dtype=dtype))

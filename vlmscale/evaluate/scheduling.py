@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import scipy.optimize
 
-from vlmscale.config import ReducerConfig
+from vlmscale.config import ReducerConfig, trains_reducer
 from vlmscale.cost.flops import layer_flops
 from vlmscale.errors import UserError
 from vlmscale.evaluate.asking import Calibration
@@ -153,6 +153,11 @@ def with_schedule(run: LoadedRun) -> LoadedRun:
     """
     if not run.cell.compressor.visual_tokens:
         raise UserError(f"{run.path}: a blind model has no visual tokens to schedule")
+    if trains_reducer(run.cell):
+        raise UserError(
+            f"{run.path}: was trained with reducer.name={run.cell.reducer.name}; a reducer that trains "
+            "stays with its run"
+        )
     return replace(run, cell=replace(run.cell, reducer=ReducerConfig("g_search")), guide=None)
 
 
