@@ -95,7 +95,9 @@ def test_a_reducer_that_trains_stays_with_its_run(runs: dict[str, Path], tmp_pat
     plain_words = ["--config.reducer.name=none", "--config.reducer.options="]
     line = refused(["evaluate", "--run", voco, *plain_words], capsys)
     assert "a reducer that trains stays with its run" in line
-    assert "a reducer that trains stays with" in refused(["schedule", "--run", voco, "--tolerance", "0.1"], capsys)
+    assert "a reducer that trains stays with" in refused(
+        ["schedule", "--run", voco, "--tolerance", "0.1"], capsys
+    )
     guided = ["evaluate", "--run", plain, "--config.reducer.name=sgl", f"--config.reducer.guide={voco}"]
     assert "a guide is a plain model" in refused([*guided, "--config.reducer.layer=1"], capsys)
     exported = ["convert", "--run", voco, "--out", str(tmp_path / "hf")]
