@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", os.path.join(tempfile.gettempdir(), "hypothesis"))
+# Runs write thousands of small files and sync each, which costs more than training does on most disks.
+_MEMORY, _NEEDED = Path("/dev/shm"), 8 << 30
+if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _NEEDED:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
+    os.environ.setdefault("TMPDIR", str(_MEMORY))
+    tempfile.tempdir = None  # to be looked up again
 # Most of a test is compilation: programs run for less time than it takes to make them fast, and one that
 # repeats, in this process, a neighbour's or one that a test starts, is compiled once. Eight devices on two
 # busy cores may wait for each other longer than the 40 s after which XLA ends the process.

@@ -21,6 +21,7 @@ from analysis.cost import FlopsCost
 from analysis.laws import LAWS
 from analysis.report import write_report
 from analysis.study import Options
+from tests.analysis.conftest import make_rows
 
 Rows = list[dict[str, Any]]
 FEW = Options(bootstrap=100)
@@ -80,11 +81,17 @@ def read(path: Path) -> tuple[str, _Page]:
     return text, page
 
 
-def test_report_is_self_contained_and_in_order(
-    rows: Rows, write: Callable[[Rows], Path], tmp_path: Path
-) -> None:
-    write_report(write(rows), tmp_path / "out", QUICK)
-    text, page = read(tmp_path / "out" / "report.html")
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The directory of a report, and what it says."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows()))
+    return folder / "out", write_report(folder, folder / "out", QUICK)
+
+
+def test_report_is_self_contained_and_in_order(report: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = report
+    text, page = read(out / "report.html")
     assert page.fetched == []
     assert set(page.links) == {"https://arxiv.org/abs/2411.03312"}
     assert page.bad == []
@@ -93,20 +100,18 @@ def test_report_is_self_contained_and_in_order(
     assert "@import" not in text
     assert not re.search(r"url\((?!#)", text)
     assert re.findall(r"<h2>(.*?)</h2>", text) == ORDER
-    figures = sorted((tmp_path / "out" / "figures").glob("*.png"))
+    figures = sorted((out / "figures").glob("*.png"))
     assert text.count("<svg") == len(figures) >= 20
     for name in ("report.md", "analysis.json", *figures):
-        assert (tmp_path / "out" / name).stat().st_size > 500
-    markdown = (tmp_path / "out" / "report.md").read_text()
+        assert (out / name).stat().st_size > 500
+    markdown = (out / "report.md").read_text()
     assert re.findall(r"^## (.*)$", markdown, re.MULTILINE) == ORDER
     for name in re.findall(r"\]\((figures/.*?)\)", markdown):
-        assert (tmp_path / "out" / name).is_file()
+        assert (out / name).is_file()
 
 
-def test_report_finds_the_truth_of_its_rows(
-    rows: Rows, write: Callable[[Rows], Path], tmp_path: Path
-) -> None:
-    result = write_report(write(rows), tmp_path / "out", QUICK)
+def test_report_finds_the_truth_of_its_rows(report: tuple[Path, dict[str, Any]]) -> None:
+    out, result = report
     (ocr,) = result["more_groups"]
     assert result["group"] == "reasoning"
     assert result["laws"][result["best_law"]]["ratio"] == pytest.approx(4.2, rel=0.25)
@@ -117,7 +122,7 @@ def test_report_finds_the_truth_of_its_rows(
         assert item["measured"]["cost"] <= item["budget"]
         assert item["law"]["cost"] <= item["budget"]
     assert [task["task"] for task in result["tasks"]["tasks"]] == ["count", "relate"]
-    text = (tmp_path / "out" / "report.md").read_text()
+    text = (out / "report.md").read_text()
     # The paper's groups stand beside, with the ratios of the published cells.
     assert "4.72" in text
     assert "0.737" in text

@@ -40,7 +40,7 @@ def get_sweep(overrides=(), arg=""):
         cells[-1].mesh.data = 2
     return Sweep("six", cells)
 """
-STEPS = 1500
+STEPS = 4000
 SITE = 'time = "60"\nsignal_s = 60\n'
 WIDE = 5  # the place of the cell on two nodes
 
@@ -59,9 +59,10 @@ def sweep(folder: Path, out: str, *overrides: str, on: tuple[str, ...] = (), arg
     """`vlmscale sweep run` of the six cells."""
     path = folder / "six.py"
     path.write_text(FILE)
-    often = ("--config.train.checkpoint_every=10", "--config.train.heldout_every=1000")
+    often = f"--config.train.checkpoint_every={20 if '--on' in on else STEPS}"  # where something is to happen
     words = ["sweep", "run", f"{path}{arg}", "--out", str(folder / out), *on]
-    return main([*words, *DATA, *often, "--config.train.warmup_steps=2", *overrides])
+    rest = ("--config.train.heldout_every=4000", "--config.train.warmup_steps=2")
+    return main([*words, *DATA, often, *rest, *overrides])
 
 
 def cells(out: Path) -> list[Path]:

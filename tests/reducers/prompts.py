@@ -56,8 +56,7 @@ SPECS = {
     "sparsity": sparse(),
     "sparsity-inside": sparse(3, patches="all"),
     "g_search-received": scheduled(1, 1, 0.5, 0.2, 0.1, score="received"),
-    "voco": voco(),
-    "voco-2": voco(2),
+    "voco": voco(2),
     "atp": atp(),
 }
 TRAINED = [name for name, spec in SPECS.items() if REDUCERS[spec.name].trained]

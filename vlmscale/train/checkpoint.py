@@ -22,6 +22,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -396,6 +397,7 @@ def _of_the_files(error: BaseException) -> bool:
 def _quiet() -> None:
     """Keep Orbax from telling what is raised here as well: its pages would bury the one line about it."""
     logging.getLogger("absl").addFilter(_not_of_orbax)
+    logging.getLogger("asyncio").addFilter(_not_in_orbax)
     before = sys.unraisablehook
     if getattr(before, "func", None) is not _pass_on:
         sys.unraisablehook = functools.partial(_pass_on, before)
@@ -403,6 +405,12 @@ def _quiet() -> None:
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return _ORBAX not in record.pathname
+
+
+def _not_in_orbax(record: logging.LogRecord) -> bool:
+    """Not of a task of its that failed beside the one whose error is raised."""
+    raised = traceback.walk_tb(record.exc_info[2]) if record.exc_info else ()
+    return not any(_ORBAX in frame.f_code.co_filename for frame, _ in raised)
 
 
 def _pass_on(hook: Callable[[Any], Any], trouble: Any) -> None:
