@@ -138,7 +138,7 @@ def draw(points: dict[str, list[Point]], path: Path) -> None:
 def frontier(points: Sequence[Point]) -> list[Point]:
     """Those that nothing cheaper is as good as, in order of FLOPs."""
     best: list[Point] = []
-    for point in sorted(points):
+    for point in sorted(points, key=lambda point: (point.flops, point.error)):
         if not best or point.error < best[-1].error:
             best.append(point)
     return best

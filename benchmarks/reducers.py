@@ -138,7 +138,7 @@ def _two_passes(
     slots, rows = prompts.visual_tokens + spec.appended, len(prompts.embeddings)
     shown = prompts.shown(slots)
     length = shown.shape[1]
-    passes = Passes(FRONT + slots, spec.appended, length - FRONT - slots)
+    passes = Passes(FRONT + slots, FRONT + spec.appended, length - FRONT - slots)
 
     @jax.jit
     def prefill(params: Any, embeddings: jax.Array) -> Any:
@@ -146,7 +146,7 @@ def _two_passes(
         ids = jnp.ones((rows, length), jnp.int32)
         positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
         embedded = Embedded(more, positions, ids, False)
-        readers = last_readers(shown, ids, spec.appended)
+        readers = last_readers(shown, spec.appended)
 
         def read(decoder: Decoder) -> Any:
             return read_prompts(decoder, embedded, readers, shown, NEW, "compact", passes)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vlmscale import __version__
 from vlmscale.compressors import label, parse_options
-from vlmscale.config import Cell, Sweep, cell_id
+from vlmscale.config import Cell, Sweep, cell_id, reducer_of
 from vlmscale.cost.image import Sample, sample_flops
 from vlmscale.errors import UserError
 from vlmscale.records import Status, make_directory, read_json, write_json
@@ -32,7 +32,9 @@ class CellDirectory:
         if not compressor.visual_tokens:
             return f"{self.cell.llm.name} blind"
         method = label(compressor.name, parse_options(compressor.name, compressor.options))
-        return f"{self.cell.llm.name} {method} V={compressor.visual_tokens}"
+        spec = reducer_of(self.cell)
+        inside = f" {spec.label}" if spec is not None else ""
+        return f"{self.cell.llm.name} {method} V={compressor.visual_tokens}{inside}"
 
     @property
     def finished(self) -> bool:

@@ -118,7 +118,10 @@ def _name(config: dict[str, Any]) -> str:
     if not compressor["visual_tokens"]:
         return f"{llm} blind"
     options = f":{compressor['options']}" if compressor["options"] else ""
-    return f"{llm} {compressor['name']}{options} V={compressor['visual_tokens']}"
+    reducer = config.get("reducer", {"name": "none"})
+    inside = "" if reducer["name"] == "none" else f" {reducer['name']}"
+    inside += f":{reducer['options']}" if inside and reducer["options"] else ""
+    return f"{llm} {compressor['name']}{options} V={compressor['visual_tokens']}{inside}"
 
 
 def _newest(run: Path) -> tuple[int, float | None]:

@@ -61,6 +61,7 @@ def _add_step(bench: Any) -> None:
 
 
 def _step(arguments: argparse.Namespace, overrides: list[str]) -> int:
+    from vlmscale.config import image_slots
     from vlmscale.loading import load_cell
     from vlmscale.plan.calibrate import calibrate, compare, place_here, time_step
     from vlmscale.plan.fit import lengths_of
@@ -71,9 +72,9 @@ def _step(arguments: argparse.Namespace, overrides: list[str]) -> int:
     cells = [load_cell(config, overrides) for config in arguments.configs]
     lengths = [arguments.length or lengths_of(cell).row for cell in cells]
     for cell, length in zip(cells, lengths, strict=True):
-        most = cell.compressor.visual_tokens
+        most = image_slots(cell)
         if length <= most + 1:
-            raise UserError(f"--length={length}: leaves no text behind the {most} visual tokens")
+            raise UserError(f"--length={length}: leaves no text behind the {most} tokens of a picture")
     place, bar, timed = place_here(), progress_bar(), []
     for number, (cell, length) in enumerate(zip(cells, lengths, strict=True), 1):
         timed.append(time_step(cell, place, length, arguments.steps))

@@ -15,9 +15,11 @@ from vlmscale.config import (
     DataConfig,
     ReducerConfig,
     TowerConfig,
+    TrainConfig,
     leaves,
     parse_mixture,
     reducer_of,
+    trains_reducer,
 )
 from vlmscale.errors import UserError
 from vlmscale.models.decoder import REMAT
@@ -146,7 +148,8 @@ def _check_train(cell: Cell) -> None:
 def _check_parts(cell: Cell) -> None:
     """What trains, and what it starts from."""
     train, sees = cell.train, cell.compressor.visual_tokens > 0
-    if not train.llm_rate and not (sees and (train.compressor_rate or train.tower_rate)):
+    others = train.compressor_rate or train.tower_rate or trains_reducer(cell)
+    if not train.llm_rate and not (sees and others):
         raise UserError(
             "nothing trains: train.llm_rate is 0"
             + (
@@ -203,7 +206,11 @@ def _check_reducer(cell: Cell) -> None:
                 f"reducer.options: patches=similar drops patches, which {cell.compressor.name} does not pass "
                 "on one by one as mlp does; take patches=all"
             )
-    elif cell.reducer.options:
+    if not trains_reducer(cell) and cell.train.reducer_rate != TrainConfig().reducer_rate:
+        raise UserError(
+            f"train.reducer_rate={cell.train.reducer_rate}: reducer.name={cell.reducer.name} does not train"
+        )
+    if spec is None and cell.reducer.options:
         raise UserError(f"reducer.options={cell.reducer.options}: goes with reducer.name")
     if "guide" in reads and not cell.reducer.guide:
         raise UserError(
@@ -221,13 +228,29 @@ def _check_trained_reducer(cell: Cell, spec: ReducerSpec) -> None:
             f"reducer.name={name}: trains at one number of visual tokens, not at many as {compressor} does"
         )
     if not cell.train.reducer_rate:
-        raise UserError(f"train.reducer_rate=0: reducer.name={name} has nothing to start from but training")
+        raise UserError(f"train.reducer_rate=0: reducer.name={name} trains with its model; give it a rate")
+    if pays_for_a_batch(cell) and cell.train.accumulate > 1:
+        raise UserError(
+            f"train.accumulate={cell.train.accumulate}: reducer.name={name} pays for the mean share of a "
+            "whole batch; take 1"
+        )
     takes = attention_backends(cell)
     if cell.train.attention in BACKENDS and cell.train.attention not in takes:
         raise UserError(
             f"train.attention={cell.train.attention}: reducer.name={name} has a mask of its own; take "
             f"{' or '.join(takes)}"
         )
+
+
+def pays_for_a_batch(cell: Cell) -> bool:
+    """Whether the objective is no sum over rows, so that a batch cannot be computed in parts."""
+    return cell.reducer.name in REDUCERS and REDUCERS[cell.reducer.name].soft is not None
+
+
+def best_attention(cell: Cell, platform: str) -> str:
+    """The fastest backend that a cell can train with on a "cpu", "gpu" or "tpu"."""
+    fused = {"gpu": "cudnn", "tpu": "splash"}.get(platform, "xla")
+    return fused if fused in attention_backends(cell) else "xla"
 
 
 def attention_backends(cell: Cell) -> list[str]:

@@ -1,7 +1,7 @@
 """The demo's models, other compressors, and models trained with a reducer: what docs/reducers.md compares.
 
     vlmscale sweep run configs/sweeps/reducer_comparison.py --out runs/reducers
-    python benchmarks/reducer_comparison.py runs/reducers
+    python benchmarks/reducer_comparison.py runs/reducers --out runs/reducers/comparison
 
 The second command asks the plain models with every reducer that needs no training, and draws the figures.
 """

@@ -147,12 +147,11 @@ def naive_sparsity(
 def naive_voco(
     model: VLM, params: Any, batch: Any, row: int, embedded: Any, there: np.ndarray, visual: list[int]
 ) -> Answered:
-    """Behind the last compression token all is hidden up to the first, with the text in front."""
-    last = visual[-1] if visual else -1
-    first = last - model.appended + 1
+    """Behind the last compression token the picture is hidden."""
+    picture = visual[: -model.appended]
 
     def sees(query: int, key: int) -> bool:
-        return not visual or query <= last or key >= first
+        return key not in picture or query <= visual[-1]
 
     return Naive(params["decoder"], model.decoder_size).answer(
         np.asarray(embedded.embeddings)[row, there],
@@ -375,6 +374,8 @@ def test_ties_go_to_the_earlier_token_and_the_last_of_a_prompt_stays() -> None:
     scores = np.array([[9, 1, 1, 1, 9, 9], [9, 3, np.inf, -np.inf, 9, 9]], np.float32)
     keep = stays(prefix(valid, visual), Ranking(jnp.asarray(scores), jnp.array([2, 2])))
     np.testing.assert_array_equal(keep, [[1, 1, 1, 0, 1, 0], [1, 0, 1, 1, 0, 0]])
+    none = stays(prefix(valid, visual), Ranking(jnp.asarray(scores), jnp.array([0, 0])))
+    np.testing.assert_array_equal(none, [[1, 0, 0, 0, 1, 0], [1, 0, 0, 1, 0, 0]])
     kept = gather(prefix(valid, visual), keep, 4)
     np.testing.assert_array_equal(kept.positions[:, :3], [[0, 1, 2], [0, 2, 3]])
     np.testing.assert_array_equal(kept.valid, [[1, 1, 1, 1], [1, 1, 1, 0]])

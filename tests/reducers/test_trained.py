@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.compressors.cases import Case, make_batch, pack, share
+from tests.compressors.cases import Case, make_batch, pack, share, tower_outputs
 from tests.cost.hlo import lowered_flops
 from tests.reducers.prompts import LONGEST, MLP, SIZES, TEXTS, VOCAB, atp, make_model, make_prompts, voco
 from tests.train.sharded_cases import MESHES, assert_same, make_setup, run_alone, run_on
@@ -54,26 +54,26 @@ def states(model: VLM, params: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def test_who_sees_what_in_a_row_of_two_conversations() -> None:
-    """Text, two images of 2 + 1 slots with text between, text; then one image; then text alone; padding."""
-    slots = [0, 1, 1, 1, 0, 2, 2, 2, 0, 0, 3, 3, 3, 0, 0, 0, 0]
-    segments = [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 2, 3, 3, 0]
-    end = len(slots) - 1
-    found = last_readers(jnp.array([slots]), jnp.array([segments]), 1)
-    first, second, third = 3, 7, 12  # the compression tokens
-    wanted = [first, first, first, end, end, second, second, end, end, third, third, third, *[end] * 5]
-    np.testing.assert_array_equal(found[0], wanted)
+    """Four images of 2 + 1 slots, text in front and between, and none behind the last."""
+    slots = [0, 1, 1, 1, 0, 2, 2, 2, 0, 0, 3, 3, 3, 0, 0, 4, 4, 4]
+    end = len(slots)
+    found = last_readers(jnp.array([slots]), 1)
+    first, second, third, fourth = 3, 7, 12, 17  # the compression tokens
+    wanted = [end, first, first, end, end, second, second, end, end, end, third, third, *[end] * 3]
+    np.testing.assert_array_equal(found[0], [*wanted, fourth, fourth, end])
     mask = np.asarray(sight(found))[0]
     assert mask[first, :3].all(), "a compression token sees its image"
-    assert not mask[first + 1, :3].any()
+    assert not mask[first + 1, 1:3].any()
+    assert mask[first + 1 :, 0].all(), "and text is never hidden"
     assert mask[second, first], "and the second image the first's compression token"
 
 
 def test_passes_are_as_long_as_the_prompts_need() -> None:
     batch = make_prompts(appended=2)
     found = Passes.of(batch["image_slots"], batch["valid"], MLP.visual_tokens, 2)
-    assert found == Passes(27, 2, 16)  # 20 to whole sixteens, but there are no more; 7 behind at most
+    assert found == Passes(27, 16, 16)  # 20, 4 and 7 to whole sixteens, but there are no more than 27
     text = Passes.of(np.zeros((2, 40), int), np.ones((2, 40), bool), 16, 2)
-    assert text == Passes(0, 0, 40)
+    assert text == Passes(16, 16, 40)
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -107,7 +107,7 @@ def test_two_passes_say_what_one_does_and_keep_no_picture(
     np.testing.assert_array_equal(step(broken, position), step(cache, position))
     passes = Passes.of(batch["image_slots"], batch["valid"], MLP.visual_tokens, tokens)
     _, short, _ = model.apply({"params": params}, inputs, length + 4, rooms=passes, method="prefill")
-    assert short.slots == tokens + passes.second + 4
+    assert short.slots == passes.kept + passes.second + 4
     np.testing.assert_allclose(step(short, position), step(cache, position), atol=1e-5)
     other = prompt_inputs(batch | {"selected": batch["selected"][::-1]})
     changed, *_ = model.apply({"params": params}, other, length + 4, method="prefill")
@@ -140,6 +140,32 @@ def test_two_passes_are_lowered_to_what_is_counted(random_params: Callable[..., 
     causal = two_pass_flops(size, VOCAB, 19, 1, 7, 3)
     each = flops.layer_flops(size, 19, 0) + flops.layer_flops(size, 7, 1) + flops.layer_flops(size, 2, 8)
     assert causal == size.num_layers * each + flops.head_flops(size, VOCAB, 3)
+
+
+@pytest.mark.parametrize("behind", [(0, 0), (0, 3), (2, 0)])
+def test_several_pictures_and_prompts_that_end_with_one(
+    behind: tuple[int, int], random_params: Callable[..., Any]
+) -> None:
+    """Two pictures a prompt, text in front and between: two passes are one, whatever is behind the last."""
+    case, model, rows = MLP, make_model(voco()), 2
+    slots, valid = np.zeros((rows, 45), np.int32), np.zeros((rows, 45), bool)
+    for row, (front, between) in enumerate(((2, 3), (4, 1))):
+        slots[row, front : front + 17] = 1
+        slots[row, front + 17 + between : front + 34 + between] = 2
+        valid[row, : front + 34 + between + behind[row]] = True
+    tokens = np.random.default_rng(3).integers(1, VOCAB, slots.shape).astype(np.int32)
+    batch = {"tokens": tokens, "image_slots": slots, "valid": valid, **tower_outputs(case.needs, 2 * rows)}
+    params = random_params(model, prompt_inputs(batch), jnp.zeros((rows, 1), int))["params"]
+    wanted = make_generate(model, 6, (), form="masked")(params, batch)
+    passes = Passes.of(slots, valid, 16, 1)
+    for rooms in (None, passes):
+        found = make_generate(model, 6, (), rooms=rooms)(params, batch)
+        np.testing.assert_array_equal(found, wanted)
+    logits = [
+        model.apply({"params": params}, prompt_inputs(batch), 51, method="prefill", **chosen)[0]
+        for chosen in ({"form": "masked"}, {"rooms": passes})
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-5)
 
 
 @every_spec

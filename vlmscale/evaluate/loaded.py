@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from vlmscale.compressors import COMPRESSORS
 from vlmscale.compressors.features import tower_features
-from vlmscale.config import Cell, MeshConfig, identity, image_slots, trains_reducer
+from vlmscale.config import Cell, MeshConfig, identity, image_slots, reducer_label, trains_reducer
 from vlmscale.data.images import ImageError, decode_image
 from vlmscale.data.records import PLACEHOLDER
 from vlmscale.data.sources import PictureReader, Pixels
@@ -34,6 +34,7 @@ from vlmscale.evaluate.generation import (
 from vlmscale.evaluate.guided import Guided
 from vlmscale.loading import override
 from vlmscale.models.decoder import unstack
+from vlmscale.models.hiding import Passes
 from vlmscale.models.sizes import TOWERS
 from vlmscale.models.vlm import VLM
 from vlmscale.records import read_json
@@ -139,12 +140,11 @@ def load_run(
         raise UserError(f"{path}: training is not finished (no done.json); run `vlmscale train` again")
     cell, prepared = load_prepared(path)
     model, tower = build_model(cell, prepared.vocab_rows(cell)), prepared.tower(cell)
-    own = cell.reducer
-    learned = trains_reducer(cell)
+    own, learned = reducer_label(cell) if trains_reducer(cell) else None, trains_reducer(cell)
     cell = override(replace(cell, mesh=MeshConfig()), overrides, ("evaluate", "mesh", "reducer"))
-    if (learned or trains_reducer(cell)) and cell.reducer != own:
+    if (learned or trains_reducer(cell)) and reducer_label(cell) != own:
         raise UserError(
-            f"reducer.name={cell.reducer.name}: {path} was trained with reducer.name={own.name}; a reducer "
+            f"reducer {reducer_label(cell) or 'none'}: {path} was trained with {own or 'none'}; a reducer "
             "that trains stays with its run"
         )
     dtype = jnp.dtype(dtype or (jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16))
@@ -271,6 +271,7 @@ def answer_one(
     if queries is not None:
         batch["text_query"] = queries
     longest = max_new_tokens or cell.evaluate.max_new_tokens
-    generate = make_generate(model, longest, template.stop_ids, sampling)
+    rooms = Passes.of(batch["image_slots"], batch["valid"], count, model.appended) if model.appended else None
+    generate = make_generate(model, longest, template.stop_ids, sampling, rooms=rooms)
     row = np.asarray(generate(run.params, batch, np.uint32(seed)))[0].tolist()
     return Answer(template.decode(row), row[: answer_length(row, template.stop_ids)])

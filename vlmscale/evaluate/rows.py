@@ -46,7 +46,10 @@ class Costs(NamedTuple):
         # Of an adaptive method the mean over pictures is its V, for tasks without pictures too.
         mean_tokens = given / pictures if pictures else float(visual_tokens)
         sample = run.prepared.samples("train", cell).average()
-        trained = sample_flops(cell, run.prepared.vocab_rows(cell), sample, mean_tokens)
+        spec = reducer_of(cell)
+        chosen = spec is not None and spec.patches is not None  # training saw them all
+        tokens = None if chosen else mean_tokens
+        trained = sample_flops(cell, run.prepared.vocab_rows(cell), sample, tokens)
         return Costs(visual_tokens, mean_tokens, heldout, trained)
 
 
@@ -83,7 +86,7 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
     queries = float(np.mean([len(template.query(first_question(item))) for item in task.items]))
     image = image_flops(cell, round(mean_tokens), round(text), queries)
     reducer = reducer_label(cell) if costs.visual_tokens else None
-    took = spent(run, one, image, Prompts(text, per_item, queries, *around_images(prompts)))
+    took = spent(run, one, image, Prompts(text, per_item, queries, text_ahead(prompts)))
     options = parse_options(cell.compressor.name, cell.compressor.options)
     chance = task.chance if task.chance is not None else scored.chance
     return ResultRow(
@@ -140,15 +143,14 @@ def make_row(run: LoadedRun, one: Pass, scored: Scored, blind: Scored | None, co
     )
 
 
-def around_images(prompts: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Mean tokens of text in front of the first image of prompts, and between their images."""
-    front = between = 0
+def text_ahead(prompts: Sequence[Sequence[int]]) -> float:
+    """Mean tokens of text in front of the last image of prompts."""
+    ahead = 0
     for prompt in prompts:
         places = [place for place, token in enumerate(prompt) if token == IMAGE_MARK]
         if places:
-            front += places[0]
-            between += places[-1] - places[0] + 1 - len(places)
-    return front / max(len(prompts), 1), between / max(len(prompts), 1)
+            ahead += places[-1] + 1 - len(places)
+    return ahead / max(len(prompts), 1)
 
 
 def data_mix(data: DataConfig) -> str:

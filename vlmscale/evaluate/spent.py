@@ -43,15 +43,13 @@ class Prompts(NamedTuple):
       text: tokens of text.
       images: how many.
       question: tokens of the question.
-      front: tokens of text in front of the first image.
-      between: tokens of text between images.
+      ahead: tokens of text in front of the last image.
     """
 
     text: float
     images: float
     question: float
-    front: float
-    between: float
+    ahead: float
 
 
 def spent(run: LoadedRun, one: Pass, image: ImageFlops, prompts: Prompts) -> Spent:
@@ -112,8 +110,8 @@ def _in_two_passes(
     visual, generated = (
         _mean_tokens(getattr(one, name) for one in said) for name in ("visual_tokens", "tokens")
     )
-    first = prompts.front + prompts.between + visual + added
-    kept, second = prompts.between + added, prompts.text - prompts.front - prompts.between
+    first, kept = prompts.ahead + visual + added, prompts.ahead + added
+    second = prompts.text - prompts.ahead
     rows = run.prepared.vocab_rows(run.cell)
     llm = two_pass_flops(size, rows, first, kept, second, generated)
     cached = [kept + second] * size.num_layers

@@ -165,7 +165,7 @@ def stays(tokens: Prefix, ranking: Ranking) -> jax.Array:
     # Visual tokens first, in order of their scores; a score may itself be infinite or no number.
     order = jnp.lexsort((-score, ~tokens.visual), axis=1)
     rank = jnp.argsort(order, axis=1)
-    return tokens.valid & (~tokens.visual | (rank < ranking.counts[:, None]))
+    return tokens.valid & (~tokens.visual | (rank < ranking.counts[:, None]) | is_last)
 
 
 def gather(tokens: Prefix, keep: jax.Array, length: int) -> Prefix:

@@ -40,17 +40,16 @@ class CompressionTokens(nn.Module):
         return jnp.broadcast_to(embedding[None].astype(self.dtype), shape)
 
 
-def last_readers(image_slots: jax.Array, segment_ids: jax.Array, count: int) -> jax.Array:
-    """Up to which place of its row each token is seen: [B, T] int32, T - 1 where nothing hides it.
+def last_readers(image_slots: jax.Array, count: int) -> jax.Array:
+    """Up to which place of its row each token is seen: [B, T] int32, T where nothing hides it.
 
-    As in the released `llava_llama_1stg.py`: what stands in front of an image's last compression token, but
-    for these, is seen up to there: the image, and the text in front of it. (There the image comes first, so
-    that this text is BOS alone.) Of several images of a conversation, which the release has not, each hides
-    itself, and the first the text in front of it.
+    A picture is seen up to its last compression token. The released `llava_llama_1stg.py` hides the text in
+    front of it there, too, which is BOS alone, since the picture comes first. Here a template may put it
+    behind other text, even the question, so text stays in sight. Of several pictures, which the release does
+    not have, each hides itself.
 
     Args:
       image_slots: [B, T], as in `vlmscale.models.vlm.Inputs`.
-      segment_ids: [B, T] int32.
       count: compression tokens, the last slots of each image.
     """
     slots, length = image_slots.astype(jnp.int32), image_slots.shape[1]
@@ -58,11 +57,7 @@ def last_readers(image_slots: jax.Array, segment_ids: jax.Array, count: int) -> 
     same = (slots[:, :, None] == slots[:, None, :]) & shown[:, None, :]
     last = jnp.max(jnp.where(same, place, -1), axis=2)
     is_image = shown & (jnp.sum(same & (place > place[:, None]), axis=2) >= count)
-    together = (segment_ids[:, :, None] == segment_ids[:, None, :]) & shown[:, None, :]
-    first = jnp.min(jnp.where(together, place, length), axis=2)  # slot of the conversation
-    of_first = jnp.take_along_axis(last, jnp.minimum(first, length - 1), axis=1)
-    in_front = (place < first) & (first < length)
-    return jnp.where(is_image, last, jnp.where(in_front, of_first, length - 1))
+    return jnp.where(is_image, last, length)
 
 
 def sight(readers: jax.Array) -> jax.Array:
@@ -75,7 +70,7 @@ class Passes(NamedTuple):
 
     Attributes:
       first: places of the first, up to the last compression token of a prompt.
-      kept: tokens of it that the second may see.
+      kept: places for those of its tokens that the second may see.
       second: places of the second.
     """
 
@@ -93,15 +88,14 @@ class Passes(NamedTuple):
           tokens: visual tokens of an image.
           count: compression tokens of an image.
         """
-        length, place = image_slots.shape[1], np.arange(image_slots.shape[1])
-        shown = image_slots > 0
-        front = np.max(np.where(shown, place + 1, 0), axis=1)
-        start = np.min(np.where(shown, place, length), axis=1)
-        images = shown.sum(1) // (tokens + count)
-        kept = np.where(images > 0, front - start - images * tokens, 0)
-        rest = valid.sum(1) - front
-        first, second = (min(-(-int(x.max()) // _STEP) * _STEP, length) for x in (front, rest))
-        return Passes(first, int(kept.max()), second)
+        length, shown = image_slots.shape[1], image_slots > 0
+        front = np.max(np.where(shown, np.arange(length) + 1, 0), axis=1)
+        kept = front - shown.sum(1) // (tokens + count) * tokens
+        return Passes(*(_room(int(x.max()), length) for x in (front, kept, valid.sum(1) - front)))
+
+
+def _room(needed: int, most: int) -> int:
+    return min(max(-(-needed // _STEP), 1) * _STEP, most)
 
 
 def read_prompts(
@@ -131,7 +125,7 @@ def read_prompts(
     valid, length = segment_ids > 0, x.shape[1]
     if form == "masked":
         hidden, cache = decoder.prefill(x, positions, valid, length + new, True, mask=sight(readers))
-        visible = jnp.pad(readers == length - 1, ((0, 0), (0, new)), constant_values=True)
+        visible = jnp.pad(readers == length, ((0, 0), (0, new)), constant_values=True)
         return hidden, valid, cache._replace(seen=(cache.seen[0] & visible,))
     if form != "compact":
         raise ValueError(f"reduction form {form}: one of {', '.join(FORMS)}")
@@ -140,7 +134,7 @@ def read_prompts(
     there = valid[:, :first] & (jnp.arange(first) < front)
     mask = sight(readers)[:, :first, :first]
     early, whole = decoder.prefill(x[:, :first], positions[:, :first], there, first, True, mask=mask)
-    cache = _keep(whole, there & (readers[:, :first] == length - 1), kept, second + new)
+    cache = _keep(whole, there & (readers[:, :first] == length), kept, second + new)
 
     place = front + jnp.arange(second)
     behind = jnp.minimum(place, length - 1)

@@ -223,7 +223,7 @@ class VLM(nn.Module):
         embedded = self.embed(inputs)
         mask, soft = None, None
         if self.appended and inputs.features is not None:
-            mask = sight(last_readers(inputs.image_slots, inputs.segment_ids, self.appended))
+            mask = sight(last_readers(inputs.image_slots, self.appended))
         elif self.decoder.soften is not None and inputs.features is not None:
             soft = self._soft(inputs, embedded.segment_ids)
         rows = Rows(embedded.positions, embedded.segment_ids, mask, soft)
@@ -291,7 +291,7 @@ class VLM(nn.Module):
         embeddings, positions, segment_ids, holes = embedded
         valid = segment_ids > 0
         if self.appended and inputs.features is not None:
-            readers = last_readers(inputs.image_slots, inputs.segment_ids, self.appended)
+            readers = last_readers(inputs.image_slots, self.appended)
             passes = None if rooms is None else Passes(*rooms)
             new, shown = slots - valid.shape[1], inputs.image_slots.astype(bool)
             hidden, there, cache = read_prompts(self.decoder, embedded, readers, shown, new, form, passes)

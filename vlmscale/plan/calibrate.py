@@ -30,8 +30,8 @@ from vlmscale.train.program import Program, make_program
 from vlmscale.train.recipe import compute_dtype
 from vlmscale.train.state import first_params, first_state
 from vlmscale.train.step import Knobs
+from vlmscale.validation import best_attention
 
-_ATTENTION = {"cpu": "xla", "gpu": "cudnn", "tpu": "splash"}
 _WARM_UP = 2  # steps that are not counted; the first compiles
 
 
@@ -110,7 +110,7 @@ def time_step(cell: Cell, place: Slice, length: int, steps: int) -> Timed:
     dtype = jnp.dtype(compute_dtype(cell.train)).name
     train = replace(
         cell.train,
-        attention=_ATTENTION[platform],
+        attention=best_attention(cell, platform),
         dtype=dtype,
         init_from="",
     )

@@ -96,7 +96,7 @@ class Request:
             shape["compressor"] = sorted(needs_of(self.cell))
             shape["features"] = cell["data"]["features"]
         else:
-            shape["llm"] = cell["llm"]["name"]
+            shape["llm"], shape["reducer"] = cell["llm"]["name"], cell["reducer"]
             data, flags = cell["data"], ("tokenizer", "row_length")
             shape["data"] = [data["vocab_size"], data["max_text_tokens"], *(bool(data[x]) for x in flags)]
         if self.program == "generate":
@@ -123,12 +123,12 @@ def _versions() -> list[str]:
 
 # What programs are made of.
 _CODE = (
-    *("attention.py", "layers.py", "sharding.py", "models/*.py", "compressors/*.py"),
+    *("attention.py", "layers.py", "sharding.py", "models/*.py", "compressors/*.py", "reducers/*.py"),
     *("train/loss.py", "train/step.py", "train/program.py", "train/recipe.py"),
     *("evaluate/generation.py", "plan/programs.py", "plan/abstract.py"),
 )
 # Of the recipe, what a program's shape depends on.
-_RATES = ("compressor_rate", "llm_rate", "tower_rate")
+_RATES = ("compressor_rate", "llm_rate", "tower_rate", "reducer_rate")
 _SHAPES = {
     "train": (
         *("batch_size", "accumulate", "remat", "attention", "dtype", "loss_chunk", "loss_rows", "clip_norm"),

@@ -18,7 +18,7 @@ from vlmscale.plan.roofline import Efficiencies, step_time
 from vlmscale.plan.slices import Slice
 from vlmscale.train.recipe import compute_dtype
 from vlmscale.train.state import loading_bytes, mesh_shape, state_bytes
-from vlmscale.validation import attention_backends
+from vlmscale.validation import best_attention, pays_for_a_batch
 
 MOST_TENSOR = 8
 ANSWERS = "evaluate: "  # in front of a change that answers need, which no config says
@@ -163,6 +163,8 @@ def _meshes(cell: Cell, place: Slice) -> Iterator[tuple[tuple[int, int, int], li
         if inside % tensor or rows % split or heads % tensor:
             continue
         parts = [n for n in divisors(rows // split) if n >= cell.train.accumulate] or [cell.train.accumulate]
+        if pays_for_a_batch(cell):
+            parts = [cell.train.accumulate]
         for fsdp in divisors(inside // tensor):
             if asked.fsdp in (0, fsdp) and asked.data in (0, split // fsdp):
                 yield (split // fsdp, fsdp, tensor), parts
@@ -306,8 +308,7 @@ def _answering(cell: Cell, place: Slice, length: int, ask: Ask, guess: Ask) -> t
 def _planned(cell: Cell, place: Slice, trial: Trial) -> tuple[Cell, tuple[str, ...]]:
     """The cell as it would be trained, and what of the config had to change for it."""
     # The plain backend keeps every score, for which no accelerator has the memory; auto is bfloat16 there.
-    fused = "cudnn" if place.generation.gpu else "splash"
-    attention = fused if fused in attention_backends(cell) else "xla"
+    attention = best_attention(cell, "gpu" if place.generation.gpu else "tpu")
     planned = {"accumulate": trial.accumulate, "remat": trial.remat, "attention": attention}
     changes = tuple(f"train.{k}={v}" for k, v in planned.items() if v != getattr(cell.train, k))
     own = own_mesh(cell, place)

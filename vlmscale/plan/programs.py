@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from vlmscale.compressors.features import blocks_read
 from vlmscale.config import Cell
 from vlmscale.evaluate.generation import make_generate
+from vlmscale.models.hiding import Passes
 from vlmscale.models.sizes import TOWERS
 from vlmscale.plan.abstract import (
     abstract_batch,
@@ -114,6 +115,9 @@ def _lower_generate(cell: Cell, mesh: Mesh, length: int) -> Any:
     batch = abstract_prompts(cell, model, mesh, length)
     if tower is not None:
         batch["tower"] = tower
-    generate: Any = make_generate(model, cell.evaluate.max_new_tokens, (0,))
+    rooms = None
+    if model.appended:  # of prompts that begin with their picture
+        rooms = Passes(model.image_slots, model.appended, max(length - model.image_slots, 1))
+    generate: Any = make_generate(model, cell.evaluate.max_new_tokens, (0,), rooms=rooms)
     with jax.set_mesh(mesh):
         return generate.lower(params, batch)

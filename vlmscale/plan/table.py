@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vlmscale.config import Cell
+from vlmscale.config import Cell, reducer_of
 from vlmscale.errors import UserError
 from vlmscale.plan.ask import Answers
 from vlmscale.plan.fit import Ask, Fit, Part, find_fit, lengths_of, why_no_mesh
@@ -80,6 +80,8 @@ def label(cell: Cell) -> str:
     """A cell among those of a sweep."""
     compressor = cell.compressor
     method = f"{compressor.name} {compressor.visual_tokens}" if compressor.visual_tokens else "blind"
+    spec = reducer_of(cell)
+    method += f" {spec.label}" if spec is not None else ""
     return f"{cell.llm.name} {method} ({'+'.join(sorted(trained_parts(cell)))})"
 
 

@@ -13,7 +13,8 @@ picture ("spatial augmented pruning"); masks that have a gradient; a budget. Ass
 - Both thresholds are sigmoids of linear functions of the shares of attention that the picture's tokens get.
 - In training a token stays by the larger of the two sigmoids of 10 times what its scores are above the
   thresholds; the logarithm is added to its scores as a key, of this module and of those in front. Afterwards
-  it stays where one score is above its threshold. The question ends where the first answer begins.
+  it stays where one score is above its threshold. In training the question ends where the first answer
+  begins; afterwards it is all text of the prompt behind the picture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sparsity Meets Similarity (arXiv 2409.01162): two cuts that each picture chooses for itself. Training-free.
+"""Sparsity Meets Similarity (arXiv 2409.01162): two cuts whose sizes depend on the picture. Training-free.
 
 Reconstruction from the abstract: no code is public, and the similarity, the inflection, the layer and the
 score of the text are not said there. Assumed: in front of the LLM a patch's similarity is its cosine with the

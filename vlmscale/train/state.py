@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmscale import layers
 from vlmscale.compressors.features import abstract_features
-from vlmscale.config import Cell, MeshConfig, from_dict, trains_reducer
+from vlmscale.config import Cell, MeshConfig, from_dict, reducer_of, trains_reducer
 from vlmscale.content import check_trained
 from vlmscale.errors import UserError
 from vlmscale.models.sizes import SIZES, DecoderSize
@@ -308,7 +308,7 @@ def _check_stage(run: Path, earlier: Cell, cell: Cell) -> None:
         theirs, ours = getattr(getattr(earlier, section), name), getattr(getattr(cell, section), name)
         if theirs != ours:
             raise UserError(f"train.init_from={run}: has {key}={theirs}, this config {ours}")
-    if trains_reducer(earlier) and earlier.reducer != cell.reducer:
+    if trains_reducer(earlier) and reducer_of(earlier) != reducer_of(cell):
         raise UserError(
             f"train.init_from={run}: was trained with reducer.name={earlier.reducer.name}, this config has "
             f"reducer.name={cell.reducer.name} or other values of it"

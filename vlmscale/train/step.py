@@ -152,7 +152,10 @@ def init_params(model: VLM, batch: Arrays, seed: int | jax.Array) -> Params:
 
 
 class Loss(NamedTuple):
-    """What training makes smaller: the sum of the two, float32 scalars."""
+    """What training makes smaller: the sum of the two, float32 scalars.
+
+    The entropies of the parts of a batch add up, penalties do not (`vlmscale.validation.pays_for_a_batch`).
+    """
 
     entropy: jax.Array
     penalty: jax.Array
@@ -305,8 +308,7 @@ def make_train_step(
 
         def loss(params: Params, batch: Arrays, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
             found = objective.parts(frozen | params, batch, weights, state.step, knobs.seed)
-            # Weights add up over the parts of a batch; a penalty is a mean.
-            return found.entropy + found.penalty / accumulate, found.entropy
+            return found.entropy + found.penalty, found.entropy
 
         run = jax.value_and_grad(loss, has_aux=True)
         if accumulate == 1:
