@@ -29,7 +29,7 @@ from vlmscale.models.sizes import SIZES
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-INSIDE = (1, 0.5), (1, 0.25), (1, 0.1)  # layer and share, of FastV
+SHARES = {True: (0.5, 0.25, 0.1), False: (0.5,)}  # of FastV, with all 64 patches and with fewer tokens
 GUIDED = 0.25
 WAYS = {  # in the order of the legend: colour and marker
     "all 64 patches": ("black", "*"),
@@ -71,12 +71,13 @@ def ask_all(runs: dict[Path, Cell]) -> None:
         tokens, layers = cell.compressor.visual_tokens, SIZES[cell.llm.name].num_layers
         if cell.reducer.name != "none" or tokens < 16:
             continue
-        for layer, keep in INSIDE:
-            ask(run, "name=fastv", f"layer={layer}", f"keep={keep}")
-        if layers > 2:  # of two layers a schedule is FastV
-            ask(run, "name=g_search", "schedule=(1,0.5,0.1)")
-        like = "similar" if cell.compressor.name == "mlp" else "all"
-        ask(run, "name=sparsity_similarity", "layer=1", f"options=patches={like}")
+        for share in SHARES[tokens == 64]:
+            ask(run, "name=fastv", "layer=1", f"keep={share}")
+        if tokens == 64:
+            if layers > 2:  # of two layers a schedule is FastV
+                ask(run, "name=g_search", "schedule=(1,0.5,0.1)")
+            like = "similar" if cell.compressor.name == "mlp" else "all"
+            ask(run, "name=sparsity_similarity", "layer=1", f"options=patches={like}")
         if cell.compressor.name == "pool" and cell.llm.name != "toy-14k":
             guide = guides[tokens]
             ask(run, "name=sgl", "layer=1", f"keep={GUIDED}", f"guide={guide}")

@@ -328,10 +328,9 @@ def cell_id(cell: Cell) -> str:
     parts = identity(cell)
     # A field that came later counts only where it says something, so that ids of older cells stay.
     options = parse_options(cell.compressor.name, parts.pop("compressor.options"))
-    if cell.reducer.name != "none" and (chosen := read_options(cell.reducer.name, cell.reducer.options)):
-        parts["reducer.options"] = dict(chosen)
-    else:
-        parts.pop("reducer.options", None)
+    own = cell.reducer
+    if own.name in REDUCERS and parts.pop("reducer.options", None) and read_options(own.name, own.options):
+        parts["reducer.options"] = dict(read_options(own.name, own.options))
     if not cell.compressor.visual_tokens:
         del parts["compressor.name"]  # a blind model has no compressor
     elif options:

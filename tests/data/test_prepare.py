@@ -226,7 +226,7 @@ if __name__ == "__main__":
         if ended:
             assert status == 0
             break
-        time.sleep(draw.uniform(0, 0.01))
+        time.sleep(draw.uniform(0, 0.002))
         os.kill(child, signal.SIGKILL)
         assert os.waitpid(child, 0)[1] in (signal.SIGKILL, 0)
         kills -= 1

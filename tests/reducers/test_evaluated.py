@@ -248,7 +248,7 @@ def test_a_reducer_is_part_of_the_cell_and_ids_of_old_cells_stay() -> None:
 @pytest.mark.parametrize(
     "reducer, told",
     [
-        (ReducerConfig("fastw"), "reducer.name=fastw: unknown here (known: fastv, g_search, sgl)"),
+        (ReducerConfig("fastw"), "reducer.name=fastw: unknown here (known: fastv, g_search, "),
         (ReducerConfig("fastv", layer=0), "reducer.layer=0: 1 to 2 in an LLM of 3 layers"),
         (ReducerConfig("fastv", layer=3), "reducer.layer=3: 1 to 2"),
         (ReducerConfig("fastv", keep=0.0), "reducer.keep=0: a share above 0 and at most 1"),
