@@ -29,6 +29,8 @@ from vlmscale.train.run import open_run
 from vlmscale.validation import evaluable_counts
 
 STEPS = 4
+# Also trained without a stop: what draws, what has several losses, what reads the question, what runs the tower.
+COMPARED = ("mqt", "m3", "quecc", "llava_mini", "vistog")
 TOWER = TOWERS["scenes-48"]
 
 
@@ -91,11 +93,8 @@ def check_rows(cell: Cell, name: str, rows: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("name", CELLS)
 def test_a_cell_of_every_method(name: str, data: Prepared, tmp_path: Path) -> None:
-    cell = CELLS[name]
-    straight, broken = tmp_path / "straight", tmp_path / "broken"
-    for run in (straight, broken):
-        open_run(cell, run, data.path, "")
-    train([Member(cell, straight)], straight, data, nothing)
+    cell, broken = CELLS[name], tmp_path / "broken"
+    open_run(cell, broken, data.path, "")
 
     def stop_at_2(step: int, *_: object) -> None:
         if step == 2:
@@ -106,7 +105,11 @@ def test_a_cell_of_every_method(name: str, data: Prepared, tmp_path: Path) -> No
         train([Member(cell, broken)], broken, data, stop_at_2)
     train([Member(cell, broken)], broken, data, nothing)
     assert read(broken / "done.json")["resumed_from"] == [2]
-    assert read(broken / "done.json")["params_sha256"] == read(straight / "done.json")["params_sha256"]
+    if cell.compressor.name in COMPARED:
+        straight = tmp_path / "straight"
+        open_run(cell, straight, data.path, "")
+        train([Member(cell, straight)], straight, data, nothing)
+        assert read(broken / "done.json")["params_sha256"] == read(straight / "done.json")["params_sha256"]
     loaded = load_run(broken)
     evaluate(loaded)
     rows = lines(broken / "result.jsonl")
