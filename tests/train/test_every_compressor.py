@@ -29,7 +29,7 @@ from vlmscale.train.run import open_run
 from vlmscale.validation import evaluable_counts
 
 STEPS = 4
-# Also trained without a stop: what draws, what has several losses, what reads the question, what runs the tower.
+# Also trained without a stop: what draws, has several losses, reads the question or runs the tower.
 COMPARED = ("mqt", "m3", "quecc", "llava_mini", "vistog")
 TOWER = TOWERS["scenes-48"]
 
