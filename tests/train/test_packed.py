@@ -202,7 +202,7 @@ def test_a_batch_of_blocks_must_divide_over_the_devices() -> None:
 
 
 def test_rows_in_which_no_picture_fits_are_refused(directory: Path, prepared: Prepared) -> None:
-    with pytest.raises(UserError, match=r"data\.row_length=4: no picture of 4 visual tokens fits"):
+    with pytest.raises(UserError, match=r"data\.row_length=4: no picture of 4 tokens fits"):
         prepared.samples("train", cell_of(directory, "pool", "row_length=4"))
 
 
