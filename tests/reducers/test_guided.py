@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.reducers.naive import Naive, best
+from tests.reducers.naive import Naive, Sees, best
 from tests.reducers.prompts import MLP, SIZES, TEXTS, make_model, make_prompts
 from vlmscale.evaluate.generation import make_generate, prompt_inputs
 from vlmscale.evaluate.guided import Guidance, Guided, make_consistency, make_guide, take_rows
@@ -71,8 +71,10 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 class Watching(Naive):
     """Keeps the attention of every layer, a matrix for the prompt and a row for each token said."""
 
-    def layer(self, number: int, x: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        y, attention = super().layer(number, x, positions)
+    def layer(
+        self, number: int, x: np.ndarray, positions: np.ndarray, *sees: Sees
+    ) -> tuple[np.ndarray, np.ndarray]:
+        y, attention = super().layer(number, x, positions, *sees)
         self.watched = [*getattr(self, "watched", []), attention.mean(0)]
         return y, attention
 
