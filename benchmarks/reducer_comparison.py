@@ -123,6 +123,8 @@ def draw(points: dict[str, list[Point]], path: Path) -> None:
     for axis, group in zip(np.atleast_1d(axes), groups, strict=True):
         for way, (colour, marker) in WAYS.items():
             own = [point for point in points[group] if point.way == way]
+            if not any(point.way == way for every in points.values() for point in every):
+                continue
             x, y = [point.flops for point in own], [100 * point.error for point in own]
             axis.scatter(x, y, c=colour, marker=marker, s=90 if marker == "*" else 36, label=way, zorder=3)
         for name, (colour, _) in WAYS.items():
