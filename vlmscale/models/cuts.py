@@ -42,6 +42,13 @@ class Prefix(NamedTuple):
         """[B] int32, where the last token of each prompt is."""
         return jnp.max(jnp.where(self.valid, jnp.arange(self.valid.shape[1]), 0), axis=1)
 
+    @property
+    def question(self) -> jax.Array:
+        """[B, T] bool, text behind the first visual token."""
+        index = jnp.arange(self.valid.shape[1])
+        first = jnp.min(jnp.where(self.visual, index, len(index)), axis=1, keepdims=True)
+        return self.valid & ~self.visual & (index > first)
+
 
 class Heads(NamedTuple):
     """Rotated queries [B, T, H, D] and keys [B, T, K, D] of the layer in front of a cut."""

@@ -85,9 +85,7 @@ class ATP(nn.Module):
         """Scores [B, T] and counts [B]."""
         assert at.heads is not None
         tokens = at.tokens
-        index = jnp.arange(tokens.valid.shape[1])
-        first = jnp.min(jnp.where(tokens.visual, index, len(index)), axis=1, keepdims=True)
-        text = tokens.valid & ~tokens.visual & (index > first)
+        text = tokens.question
         asked = jnp.stack([tokens.visual, text], axis=-1)
         own, other = jnp.moveaxis(received(tokens.valid, at.heads, asked, True), -1, 0)
 

@@ -35,10 +35,7 @@ class SparsitySimilarity(nn.Module):
         """Scores [B, T] and counts [B]."""
         assert at.heads is not None
         tokens = at.tokens
-        index = jnp.arange(tokens.valid.shape[1])
-        first = jnp.min(jnp.where(tokens.visual, index, len(index)), axis=1, keepdims=True)
-        text = tokens.valid & ~tokens.visual & (index > first)
-        score = received(tokens.valid, at.heads, text, itself=False)
+        score = received(tokens.valid, at.heads, tokens.question, itself=False)
         return Ranking(score, knee(score, tokens.visual))
 
 
