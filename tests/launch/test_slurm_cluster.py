@@ -95,7 +95,7 @@ def disturb(slurm: Cluster, out: Path, job: str) -> dict[str, int]:
     return {"preempted": preempted, "late": late, "killed": killed}
 
 
-@pytest.mark.timeout(2400)  # 24 trainings, and what Slurm waits before it runs a job again
+@pytest.mark.timeout(1500)  # 24 trainings, and what Slurm waits before it runs a job again
 def test_two_stages_run_to_the_end_whatever_happens(
     slurm: Cluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
