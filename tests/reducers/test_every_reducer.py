@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.reducers.naive import Answered, Naive, best
+from tests.reducers.naive import Answered, Choose, Naive, Sees, best
 from tests.reducers.prompts import (
     ADAPTIVE,
     MLP,
@@ -87,13 +87,36 @@ def reference(name: str, model: VLM, params: Any, batch: dict[str, Any], row: in
     embedded = model.apply({"params": params}, prompt_inputs(batch), method="embed")
     there = np.flatnonzero(np.asarray(embedded.segment_ids)[row])
     visual = [at for at, place in enumerate(there) if batch["image_slots"][row, place]]
-    by_last = spec.score == "last"
     if spec.name == "sparsity_similarity":
-        return naive_sparsity(model, params, batch, row, embedded, there, visual)
-    if spec.name == "voco":
-        return naive_voco(model, params, batch, row, embedded, there, visual)
-    if spec.name == "atp":
-        return naive_atp(model, params, batch, row, embedded, there, visual)
+        rule = naive_sparsity(model)
+    elif spec.name == "voco":
+        rule = naive_voco(model, visual)
+    elif spec.name == "atp":
+        rule = naive_atp(model, params, there, visual)
+    else:
+        rule = naive_shares(spec, visual)
+    return Naive(params["decoder"], model.decoder_size).answer(
+        np.asarray(embedded.embeddings)[row, there],
+        np.asarray(embedded.positions)[row, there].tolist(),
+        visual,
+        rule.cuts,
+        rule.choose,
+        given_answers(len(batch["tokens"]))[row].tolist(),
+        rule.sees,
+    )
+
+
+class Rule(NamedTuple):
+    """A method as on paper: layers in front of which it drops, what stays, and what is seen at all."""
+
+    cuts: Sequence[int]
+    choose: Choose
+    sees: Sees = lambda query, key: True
+
+
+def naive_shares(spec: ReducerSpec, visual: list[int]) -> Rule:
+    """A share in each layer, by the attention of the layer in front."""
+    by_last = spec.score == "last"
     shares = {spec.layer: spec.keep} if spec.name == "fastv" else dict(enumerate(spec.schedule))
     if spec.name == "fastv":
         cuts: Sequence[int] = [spec.layer]
@@ -108,19 +131,10 @@ def reference(name: str, model: VLM, params: Any, batch: dict[str, Any], row: in
         count = max(int(shares[cuts[cut]] * len(visual) + 0.5), 1)
         return best({place: scores[place] for place in places}, count)
 
-    return Naive(params["decoder"], model.decoder_size).answer(
-        np.asarray(embedded.embeddings)[row, there],
-        np.asarray(embedded.positions)[row, there].tolist(),
-        visual,
-        cuts,
-        choose,
-        given_answers(len(batch["tokens"]))[row].tolist(),
-    )
+    return Rule(cuts, choose)
 
 
-def naive_sparsity(
-    model: VLM, params: Any, batch: Any, row: int, embedded: Any, there: np.ndarray, visual: list[int]
-) -> Answered:
+def naive_sparsity(model: VLM) -> Rule:
     """The second cut: at the knee of what the text behind the picture looks at."""
     assert model.reducer is not None
 
@@ -133,39 +147,20 @@ def naive_sparsity(
         scores = {place: float(mean[text, place].sum()) for place in places}
         return best(scores, knee_of(sorted(scores.values(), reverse=True)))
 
-    return Naive(params["decoder"], model.decoder_size).answer(
-        np.asarray(embedded.embeddings)[row, there],
-        np.asarray(embedded.positions)[row, there].tolist(),
-        visual,
-        [model.reducer.layer],
-        choose,
-        given_answers(len(batch["tokens"]))[row].tolist(),
-    )
+    return Rule([model.reducer.layer], choose)
 
 
-def naive_voco(
-    model: VLM, params: Any, batch: Any, row: int, embedded: Any, there: np.ndarray, visual: list[int]
-) -> Answered:
+def naive_voco(model: VLM, visual: list[int]) -> Rule:
     """Behind the last compression token the picture is hidden."""
     picture = visual[: -model.appended]
 
     def sees(query: int, key: int) -> bool:
         return key not in picture or query <= visual[-1]
 
-    return Naive(params["decoder"], model.decoder_size).answer(
-        np.asarray(embedded.embeddings)[row, there],
-        np.asarray(embedded.positions)[row, there].tolist(),
-        visual,
-        [],
-        lambda cut, attention, places: places,
-        given_answers(len(batch["tokens"]))[row].tolist(),
-        sees,
-    )
+    return Rule([], lambda cut, attention, places: places, sees)
 
 
-def naive_atp(
-    model: VLM, params: Any, batch: Any, row: int, embedded: Any, there: np.ndarray, visual: list[int]
-) -> Answered:
+def naive_atp(model: VLM, params: Any, there: np.ndarray, visual: list[int]) -> Rule:
     """Thresholds from what picture and question look at; a token stays for its score or for its place."""
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params["reducing"])
     side = int(model.visual_tokens**0.5)
@@ -195,14 +190,7 @@ def naive_atp(
         alive[:] = [alive[places.index(token)] for token in kept]
         return kept
 
-    return Naive(params["decoder"], model.decoder_size).answer(
-        np.asarray(embedded.embeddings)[row, there],
-        np.asarray(embedded.positions)[row, there].tolist(),
-        visual,
-        cut_layers(SPECS["atp"], model.decoder_size.num_layers),
-        choose,
-        given_answers(len(batch["tokens"]))[row].tolist(),
-    )
+    return Rule(cut_layers(SPECS["atp"], model.decoder_size.num_layers), choose)
 
 
 def knee_of(falling: list[float]) -> int:
@@ -253,14 +241,14 @@ def test_rooms_are_learned_and_what_does_not_fit_is_said_again(params_of: Callab
     fitting = Fitting(model, 4, (), mesh)
     first = fitting(params, batch)
     most = int(first.kept.max())
-    assert fitting.rooms == {16: (most,)} != {16: (16,)}
+    assert fitting.rooms == (most,) != (16,)
     assert first.kept[3, 0] == 0, "the last has no picture"
-    for rooms in ({16: (most,)}, {16: (1,)}):
-        fitting.rooms = dict(rooms)
+    for rooms in ((most,), (1,)):
+        fitting.rooms = rooms
         again = fitting(params, batch)
         np.testing.assert_array_equal(again.ids, wanted)
         np.testing.assert_array_equal(again.kept, first.kept)
-        assert fitting.rooms == {16: (most,)}
+        assert fitting.rooms == (most,)
     assert wide_enough([100, 31, 40], 576) == (108, 72, 72)
     assert wide_enough([0], 16) == (1,)
 

@@ -9,7 +9,7 @@ tokens the prompts themselves say how long the two passes are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from jax.sharding import Mesh
@@ -33,29 +33,27 @@ class Fitting:
       model: with an adaptive reducer, in the "loop" layout.
       max_new_tokens, stop_ids: of `make_generate`.
       mesh: what batches lie on.
-      rooms: for each number of slots, what was enough so far.
+      rooms: what was enough so far; None before the first batch.
     """
 
     model: VLM
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     mesh: Mesh
-    rooms: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    rooms: tuple[int, ...] | None = None
 
     def __call__(self, params: Params, batch: Batch) -> Reply:
         """Answer a prompt batch."""
         assert self.model.reducer is not None
         slots = batch["selected"].shape[0] // batch["tokens"].shape[0] * self.model.visual_tokens
         cuts = len(cut_layers(self.model.reducer, self.model.decoder_size.num_layers))
-        rooms = self.rooms.get(slots, (slots,) * cuts)
-        ids, kept = self._answer(params, batch, rooms)
-        known = self.rooms.get(slots, (0,) * cuts)
-        needed = wide_enough([max(pair) for pair in zip(kept.max(0).tolist(), known, strict=True)], slots)
-        if (kept.max(0) > rooms).any():
+        whole = (slots,) * cuts
+        ids, kept = self._answer(params, batch, self.rooms or whole)
+        if (kept.max(0) > (self.rooms or whole)).any():
             # What a later cut keeps is known for sure only where the earlier ones had room.
-            ids, kept = self._answer(params, batch, (slots,) * cuts)
-            needed = wide_enough([max(pair) for pair in zip(kept.max(0).tolist(), known, strict=True)], slots)
-        self.rooms[slots] = needed
+            ids, kept = self._answer(params, batch, whole)
+        most = np.maximum(kept.max(0), self.rooms or 0)
+        self.rooms = wide_enough(most.tolist(), slots)
         return Reply(ids, np.zeros(len(ids), int), np.zeros(len(ids), bool), kept)
 
     def _answer(self, params: Params, batch: Batch, rooms: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
